@@ -1,0 +1,96 @@
+# Everything here is also a plain command: `python -m experiments.train NAME key=value ...`, `pytest`, `ruff check`.
+# The first use of any target makes .venv from the pins of requirements.txt. `make python=/usr/bin/python3 ...` uses an
+# environment of your own instead; `make PYTHON=python3.11 ...` says which Python .venv is made with.
+
+SHELL := bash
+.DEFAULT_GOAL := start
+.PHONY: start train list show evaluate bench tb test test-slow test-gpu lint flash-attn setup help
+PORT ?= 6006
+RUNS_ROOT ?= runs
+# Capitals are environment variables, which make hands on by itself.
+RESERVED := exp python args PYTHON PORT RUNS_ROOT DATA_ROOT WEIGHTS_ROOT ASSETS_ROOT CUDA_VISIBLE_DEVICES OMP_NUM_THREADS
+
+# Variables typed after `make` other than our own are dotted overrides. They are read by name and quoted one by one, so
+# that lists, braces, blanks, quotes and $ reach Python as typed.
+typed = $(strip $(foreach v,$(filter-out $(RESERVED),$(.VARIABLES)),$(if $(findstring command line,$(origin $v)),$v)))
+quote = '$(subst ','\'',$1)'
+overrides = $(foreach v,$(sort $(typed)),$(call quote,$v=$(value $v)))
+need_exp = $(if $(exp),,$(error which experiment? make $@ exp=NAME; make list shows the names))
+
+ifdef python
+venv :=
+else
+python := .venv/bin/python
+venv := setup
+endif
+
+start: $(if $(exp),train,$(if $(typed),nothing-to-train,help))
+
+.PHONY: nothing-to-train
+nothing-to-train:
+	@echo "error: which experiment? make exp=NAME $(foreach v,$(typed),$v=...); make list shows the names" >&2; exit 2
+
+train: $(venv) ## Train, or resume where it stopped: make exp=flashdecoder_demo [trainer.devices=2 optim.lr=1e-4 ...]
+	$(need_exp)
+	@$(python) -m experiments.train $(call quote,$(exp)) $(overrides)
+
+list: $(venv) ## Every experiment, with the first line of its header
+	@$(python) -m experiments.show --list
+
+show: $(venv) ## What a run would be, without running it: make show exp=NAME (config, parameters, tokens, clips, memory)
+	$(need_exp)
+	@$(python) -m experiments.show $(call quote,$(exp)) $(overrides)
+
+evaluate: $(venv) ## Score a trained experiment on its validation clips: make evaluate exp=NAME
+	$(need_exp)
+	@$(python) -m experiments.evaluate $(call quote,$(exp)) $(overrides)
+
+bench: $(venv) ## Speed and memory of decoding, beside its peers: make bench exp=NAME
+	$(need_exp)
+	@$(python) -m experiments.bench $(call quote,$(exp)) $(overrides)
+
+tb: $(venv) ## TensorBoard on all runs: make tb [PORT=6006]
+	@$(python) -m tensorboard.main --logdir $(call quote,$(RUNS_ROOT)) --port $(PORT)
+
+test: $(venv) ## Fast tests, minutes on a CPU: make test [args="-k dct"]
+	@$(python) -m pytest $(args)
+
+test-slow: $(venv) ## Slow tests: full-size layouts, soak, repeated kills; up to an hour
+	@$(python) -m pytest -m slow $(args)
+
+test-gpu: $(venv) ## Tests that need a CUDA device; skipped, with the reason, where there is none
+	@$(python) -m pytest -m gpu $(args)
+
+lint: $(venv) ## Style: ruff check and ruff format
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+
+flash-attn: $(venv) ## Optional, for experiments of your own: build flash-attn (needs nvcc); our models use torch's attention
+	@command -v nvcc >/dev/null || { echo "error: flash-attn is compiled here and needs nvcc (the CUDA toolkit)" >&2; exit 1; }
+	$(python) -m pip install packaging ninja psutil
+	$(python) -m pip install --no-build-isolation flash-attn==2.8.3.post2
+
+setup: ## Make or update .venv from requirements.txt (the other targets do this by themselves)
+	@[ ! -e .venv/incomplete ] && cmp -s requirements.txt .venv/installed.txt && .venv/bin/python -c '' 2>/dev/null || $(MAKE) --no-print-directory .venv-install
+
+# .venv/incomplete is there while pip works: an installation that was interrupted is thrown away, not repaired.
+.PHONY: .venv-install
+.venv-install:
+	@if [ -e .venv/incomplete ] || ! .venv/bin/python -c '' 2>/dev/null; then rm -rf .venv; fi; \
+	fits='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; \
+	found=; \
+	for candidate in $(if $(PYTHON),$(call quote,$(PYTHON)),python3.12 python3.11 python3 python); do \
+		if "$$candidate" -c "$$fits" 2>/dev/null; then found=$$candidate; break; fi; \
+	done; \
+	if [ ! -x .venv/bin/python ] && [ -z "$$found" ]; then \
+		echo "error: $(or $(PYTHON),python3.12/python3.11/python3) is not a Python 3.11 or 3.12;" \
+			"install one, or name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; \
+	fi; \
+	set -e; mkdir -p .venv; touch .venv/incomplete; \
+	[ -x .venv/bin/python ] || { echo "making .venv with $$("$$found" --version) (once, some minutes)"; "$$found" -m venv .venv; }; \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
+	cp requirements.txt .venv/installed.txt; rm .venv/incomplete
+
+help: ## This text
+	@echo 'make exp=NAME [key=value ...]   trains, and resumes when typed again'
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14

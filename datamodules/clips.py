@@ -1,0 +1,193 @@
+"""ClipData: clips of films and images as a LightningDataModule. How to configure it: ``datamodules/config.py``.
+
+config.py      what a user writes              sources.py     which files there are
+probe.py       what a file says about itself   index.py       the same for all files, remembered
+streams.py     which clips fit a size          plan.py        which clips make up which batch
+reader.py      from a request to pixels        transforms.py  resizing and cropping
+loaders.py     workers and batches             quarantine.py  files that could not be read
+procedural.py  films without files             samples.py     the real clips that a Python package ships
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning import LightningDataModule
+
+from datamodules.config import ClipDataConfig, StreamConfig
+from datamodules.index import SourceIndex, build_index
+from datamodules.loaders import TrainLoader, ValLoader, ValWorkers
+from datamodules.plan import MixturePlan, Position, validation_batches
+from datamodules.quarantine import Quarantine
+from datamodules.streams import Stream
+
+log = logging.getLogger(__name__)
+
+FrameRule = Callable[[int, int, int], object]
+"""(t, h, w) of a clip, in pixels; raises ValueError for what the latent space cannot encode."""
+
+
+class ClipData(LightningDataModule):
+    """Training batches from a mixture of sources and sizes, and fixed validation clips, as VideoBatch.
+
+    Training is one endless epoch. Whoever trains calls ``batch_consumed`` once per finished batch; the position that it
+    moves on is what ``state_dict`` stores, so batches that workers decoded ahead are decoded again after a resume and
+    none is lost or seen twice, with any number of workers.
+
+    ``frame_rule`` is called with every stream's (t, h, w) at construction, so a length that cannot be encoded is refused
+    before any work. ``run_dir`` receives quarantine.jsonl. ``world_size`` and ``rank`` default to the trainer's.
+    """
+
+    Config = ClipDataConfig
+
+    def __init__(
+        self,
+        config: ClipDataConfig,
+        *,
+        frame_rule: FrameRule | None = None,
+        run_dir: str | Path | None = None,
+        seed: int = 0,
+        world_size: int | None = None,
+        rank: int | None = None,
+    ):
+        super().__init__()
+        # A stream may have fewer clips than there are processes; validation_batches sees to it that each gets some.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.config, self.run_dir, self.seed = config, run_dir, seed
+        self._world_size, self._rank = world_size, rank
+        self._position = Position()
+        self._clips_at_save: dict[str, int] = {}
+        self._indexes: dict[str, SourceIndex] = {}
+        self._streams: dict[str, dict[str, Stream]] = {}
+        self._quarantine: Quarantine | None = None
+        self._plan: MixturePlan | None = None
+        self._val_loaders: list[ValLoader] | None = None
+        if frame_rule is not None:
+            self._check_shapes(frame_rule)
+
+    def _check_shapes(self, frame_rule: FrameRule) -> None:
+        for split, streams in (("train", self.config.train), ("val", self.config.val)):
+            for name, stream in streams.items():
+                size = stream.size
+                if stream.resize == "keep":  # the other side depends on the film, but is a multiple of this
+                    size = (min(size) // stream.multiple * stream.multiple, stream.multiple)
+                try:
+                    frame_rule(stream.total_frames, *size)
+                except ValueError as error:
+                    raise ValueError(f"data.{split}.{name}: {error}") from None
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that share a batch."""
+        if self._world_size is not None:
+            return self._world_size
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def rank(self) -> int:
+        """This process's number among them."""
+        if self._rank is not None:
+            return self._rank
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def quarantine(self) -> Quarantine:
+        """The files that could not be read so far."""
+        if self._quarantine is None:
+            self._quarantine = Quarantine(self.config.max_bad_share, self.run_dir, self.rank)
+        return self._quarantine
+
+    @property
+    def num_clips_seen(self) -> int:
+        """Training clips consumed so far, on all ranks together."""
+        return sum(self._position.draws.values())
+
+    def prepare_data(self) -> None:
+        """Look at files that are not in the index yet: one process per machine, while the others wait."""
+        for split in ("train", "val"):
+            self.streams(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the streams. Raises SourceError, EmptyStream, TooManyBadFiles."""
+        splits = ("train", "val") if stage in (None, "fit") else ("val",)
+        for split in splits:
+            self.streams(split)
+
+    def streams(self, split: str) -> dict[str, Stream]:
+        """The streams of ``train`` or ``val`` by name, built at first use. Opens files, decodes none."""
+        if split not in self._streams:
+            configs = getattr(self.config, split)
+            self._streams[split] = {name: self._stream(split, name, config) for name, config in configs.items()}
+        return self._streams[split]
+
+    def _stream(self, split: str, name: str, config: StreamConfig) -> Stream:
+        indexes = [self._index(source) for source in config.sources]
+        return Stream(name, config, indexes, f"data.{split}.{name}")
+
+    def _index(self, source: str) -> SourceIndex:
+        if source not in self._indexes:
+            index = build_index(source, self.config.sources[source], self.config.cache_dir)
+            self.quarantine.add_indexed(index.bad, index.num_found, f"data.sources.{source}")
+            self._indexes[source] = index
+        return self._indexes[source]
+
+    @property
+    def plan(self) -> MixturePlan:
+        """Which clips make up which training batch."""
+        if self._plan is None:
+            streams = self.streams("train")
+            if not streams:
+                raise ValueError("data.train has no streams: nothing to train on")
+            for name, num in self._clips_at_save.items():
+                if name in streams and len(streams[name]) != num:
+                    log.warning(
+                        "data.train.%s has %d clips, but had %d when this run was saved: files came or went, so "
+                        "from here on its order is another one", name, len(streams[name]), num,
+                    )  # fmt: skip
+            self._plan = MixturePlan(streams, self.seed, self.world_size, self.config.max_bad_share)
+        return self._plan
+
+    def train_dataloader(self) -> TrainLoader:
+        """Endless batches from the present position on."""
+        return TrainLoader(self.config, self.plan, self._position, self.rank, self.quarantine)
+
+    @property
+    def val_names(self) -> list[str]:
+        """Names of the validation streams, in the order of ``val_dataloader``."""
+        return list(self.config.val)
+
+    def val_dataloader(self) -> list[ValLoader]:
+        """A loader per validation stream with this rank's share of its fixed clips. They share their workers."""
+        if self._val_loaders is None:
+            streams = self.streams("val")
+            batches = validation_batches(streams, self.rank, self.world_size) if streams else {}
+            workers = ValWorkers(self.config)
+            self._val_loaders = [ValLoader(workers, streams[name], batches[name]) for name in batches]
+        return self._val_loaders
+
+    def batch_consumed(self) -> None:
+        """Move the position on by one training batch. Called once per batch that training has finished."""
+        self.plan.advance(self._position)
+
+    def state_dict(self) -> dict:
+        """The position, for Lightning's checkpoints: it does not depend on workers, and allows another world size."""
+        clips = {name: len(stream) for name, stream in self._streams.get("train", {}).items()}
+        return {"step": self._position.step, "draws": dict(self._position.draws), "clips": clips, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go to a stored position; takes effect at the next ``iter()`` of a training loader."""
+        if state_dict["seed"] != self.seed:
+            raise ValueError(
+                f"this run's data order was drawn with seed {state_dict['seed']}, now it is {self.seed}: resume with the "
+                "same seed, or start another run"
+            )
+        self._clips_at_save = dict(state_dict["clips"])
+        self._position.step = state_dict["step"]
+        self._position.draws = dict(state_dict["draws"])
+
+    def describe(self) -> dict:
+        """Per split and stream: files found and used, clips, and what was left out and why. Decodes nothing."""
+        return {
+            split: {name: stream.describe() for name, stream in self.streams(split).items()}
+            for split in ("train", "val")
+        }

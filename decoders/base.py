@@ -1,0 +1,335 @@
+"""What every decoder family shares: one training step, one validation, one optimiser.
+
+A family writes ``terms``, ``losses`` and ``decode``; the stream methods where it can stream; ``encode`` where it trains
+an encoder; ``param_groups`` where it needs more than one. Axis letters are those of ``datamodules/batch.py``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from hashlib import sha256
+from statistics import fmean
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning import LightningModule
+from torch import Tensor, nn
+
+import metrics
+from datamodules.batch import VideoBatch, batch_size
+from decoders.ema import Ema
+from decoders.latent_spaces.base import LatentSpace, pad_to_valid
+from decoders.training import TrainingConfig, check_loss_weights, loss_weight
+
+Row = dict[str, Any]  # one clip by one method: stream, key, frames, height, width and the mean score of every metric
+DECODER = "decoder"  # the method's name in rows that are the decoder's own
+
+
+class TrainingDiverged(RuntimeError):
+    """A gradient is not finite. The weights are those before the step; nothing was saved after it."""
+
+
+def key_seed(key: str, seed: int) -> int:
+    """A seed for one clip that depends on nothing but its key and the run's seed."""
+    return int.from_bytes(sha256(f"{seed}:{key}".encode()).digest()[:7], "big")
+
+
+class VideoDecoder(LightningModule):
+    """The base of all families.
+
+    Args:
+        latent_space: the frozen space whose latents are decoded. It is no submodule: it never enters a checkpoint, an
+            optimiser or an EMA.
+        training: loss weights, optimiser, EMA, validation.
+
+    Attributes:
+        Config: dataclass of the architecture, in the family's ``model.py``.
+        Objective: dataclass of the objective, in the family's ``module.py``.
+        terms: names of all loss terms that ``losses`` may return. Declared once, checked against the weights at start.
+        discriminators: names of submodules that are trained but not needed at inference.
+    """
+
+    Config: type
+    Objective: type
+    terms: frozenset[str]
+    discriminators: tuple[str, ...] = ()
+
+    def __init__(self, latent_space: LatentSpace, training: TrainingConfig) -> None:
+        super().__init__()
+        self.latent_space = latent_space
+        self.training_config = training
+        self.clips_seen = 0
+        self.batches_seen = 0
+        self.ema: Ema | None = None
+        self._restored_ema: dict[str, Tensor] | None = None
+        self.references: dict[str, Callable[[VideoBatch], Tensor]] = {}  # other methods that validation scores too
+        self._metrics: list | None = None
+        self._rows: list[Row] = []
+        self._swapped = ExitStack()  # holds the EMA weights in place during validation
+
+    # ---- what a family writes
+
+    def losses(self, batch: VideoBatch) -> dict[str, Tensor]:
+        """Named, unweighted scalars. ``batch`` has its latent. A term may be absent in a step (lazy R1, images)."""
+        raise TypeError(f"{type(self).__name__} does not define losses()")
+
+    def decode(
+        self,
+        latent: Float[Tensor, "b c n y x"],
+        *,
+        size: tuple[int, int, int] | None = None,
+        reference: Float[Tensor, "b 3 r h w"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "b 3 t h w"]:
+        """Normalised latents to RGB in about [-1, 1], without gradients, cropped to ``size`` (t, h, w)."""
+        raise TypeError(f"{type(self).__name__} does not define decode()")
+
+    def start_stream(self, batch_size: int, height: int, width: int, *, reference=None, generator=None) -> Any:
+        """State of a new stream of ``height`` x ``width`` pixels; the caller owns it."""
+        raise TypeError(f"{type(self).__name__} cannot stream: use decode on the whole clip")
+
+    def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: Any) -> Float[Tensor, "b 3 k h w"]:
+        """The frames that are ready after this latent frame, perhaps none."""
+        raise TypeError(f"{type(self).__name__} cannot stream: use decode on the whole clip")
+
+    def end_stream(self, state: Any) -> Float[Tensor, "b 3 k h w"]:
+        """What was still pending; the stream is over."""
+        raise TypeError(f"{type(self).__name__} cannot stream: use decode on the whole clip")
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that height and width must be a multiple of; more than the space's where the decoder folds latents."""
+        return self.latent_space.stride_hw
+
+    def param_groups(self) -> list[dict]:
+        """Groups as {"name", "params": {name: parameter}}; ``optim.groups.<name>`` overrides their rates."""
+        return [{"name": "decoder", "params": dict(self.trainable())}]
+
+    @property
+    def terms_may_be_absent(self) -> bool:
+        """Whether some parameters get no gradient in some steps, which DDP must be told."""
+        return bool(self.discriminators)
+
+    # ---- latents
+
+    def encode(
+        self, video: Float[Tensor, "b 3 t h w"], *, sample: bool = False, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b c n y x"]:
+        """Normalised latents of RGB in [-1, 1], by the frozen space. ``pad: replicate`` pads what it cannot encode.
+
+        Raises:
+            ValueError: a length or size that cannot be encoded; names the nearest that can.
+        """
+        space = self.latent_space
+        if self.training_config.pad == "replicate":
+            video = pad_to_valid(video, space.stride_t, self.size_multiple)
+        elif video.shape[-2] % self.size_multiple or video.shape[-1] % self.size_multiple:
+            space.check(*video.shape[2:])  # the more specific error, where it has one
+            m, (h, w) = self.size_multiple, video.shape[-2:]
+            raise ValueError(
+                f"{h}x{w} pixels: this decoder takes multiples of {m}; the nearest are {h // m * m}x{w // m * m} and "
+                f"{-(-h // m) * m}x{-(-w // m) * m}. pad=replicate pads the clip and crops the output back"
+            )
+        return space.encode(video, sample=sample, generator=generator)
+
+    def with_latent(self, batch: VideoBatch) -> VideoBatch:
+        """``batch`` with its latent: the one it has, or the encoding of its source, else of its video."""
+        if "latent" in batch:
+            return batch
+        source = batch.get("source", batch.get("video"))
+        if source is None:
+            raise ValueError("a batch needs a video or a latent; this one has neither")
+        return {**batch, "latent": self.encode(source)}
+
+    # ---- training
+
+    def weight(self, term: str) -> float:
+        """The weight of ``term`` at this step."""
+        return loss_weight(self.training_config.loss_weights[term], self.global_step)
+
+    def is_on(self, term: str) -> bool:
+        """Whether ``term`` is worth computing now."""
+        return self.weight(term) != 0
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_loss_weights(self.training_config.loss_weights, self.terms)
+        if self._metrics is None:  # now, so that an unknown metric or missing weights are told before any step
+            self._metrics = metrics.build(self.training_config.validation.metrics)
+
+    def on_fit_start(self) -> None:
+        if self.training_config.ema is not None and self.ema is None:
+            self.ema = Ema(self.inference_parameters(), self.training_config.ema)
+            if self._restored_ema is not None:
+                self.ema.load_state_dict(self._restored_ema)
+                self._restored_ema = None
+
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
+        # Every draw of a step comes from (seed, step, rank), so a resumed run draws what the uninterrupted one drew.
+        torch.manual_seed(key_seed(f"train:{self.batches_seen}:{self.global_rank}", self.training_config.seed))
+        terms = self.losses(self.with_latent(batch))
+        if unknown := terms.keys() - self.terms:
+            raise ValueError(f"{type(self).__name__}.losses returned {sorted(unknown)}, which its terms do not name")
+        weighted = [self.weight(name) * value for name, value in terms.items()]
+        total = torch.stack([value.float() for value in weighted]).sum()
+        self.batches_seen += 1
+        self.clips_seen += batch_size(batch) * self.trainer.world_size
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
+        self.log("train/loss", total.detach(), prog_bar=True)
+        self.log("clips_seen", float(self.clips_seen))
+        self.log("step", self.global_step + 1.0)  # TensorBoard's x axis: optimiser steps done, this one included
+        return total
+
+    def configure_optimizers(self) -> dict:
+        optim = self.training_config.optim
+        groups = [part for group in self.param_groups() for part in self._decay_parts(group)]
+        unknown = optim.groups.keys() - {group["name"] for group in groups}
+        if unknown:
+            names = sorted({group["name"] for group in groups})
+            raise ValueError(f"optim.groups.{sorted(unknown)[0]} names no parameter group (there are: {names})")
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=optim.fused)
+        steps = self.training_config.max_steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.lr_factor(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _decay_parts(self, group: dict) -> list[dict]:
+        """A named group as AdamW groups: matrices decay, gains and biases do not."""
+        optim = self.training_config.optim
+        own = optim.groups.get(group["name"])
+        options = {"name": group["name"], "grad_clip": optim.grad_clip, "lr": optim.lr, "betas": optim.betas}
+        decay = optim.weight_decay
+        if own is not None:
+            options |= {k: getattr(own, k) for k in ("lr", "betas", "grad_clip") if getattr(own, k) is not None}
+            decay = decay if own.weight_decay is None else own.weight_decay
+        parts = (
+            [p for p in group["params"].values() if p.ndim > 1],
+            [p for p in group["params"].values() if p.ndim <= 1],
+        )
+        return [{**options, "params": p, "weight_decay": d} for p, d in zip(parts, (decay, 0.0), strict=True) if p]
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip every named group on its own, and refuse a gradient that is not finite before it reaches the weights."""
+        groups: dict[str, tuple[list[Tensor], float | None]] = {}
+        for group in optimizer.param_groups:
+            groups.setdefault(group["name"], ([], group["grad_clip"]))[0].extend(
+                p for p in group["params"] if p.grad is not None
+            )
+        norms = {}
+        for name, (parameters, largest) in groups.items():
+            if parameters:
+                limit = float("inf") if largest is None else largest
+                norms[name] = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if not torch.stack(list(norms.values())).isfinite().all():
+            bad = ", ".join(name for name, norm in norms.items() if not norm.isfinite())
+            raise TrainingDiverged(
+                f"the gradient of {bad} is not finite at step {self.global_step}. The weights are those of the step "
+                "before and the last checkpoint is intact: run the same command to resume from it, perhaps with a "
+                "lower optim.lr, optim.grad_clip or a longer optim.warmup_steps (which make another run)"
+            )
+        self.log_dict({f"grad_norm/{name}": norm for name, norm in norms.items()})
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.ema is not None:
+            self.ema.update(self.global_step + 1)  # Lightning counts this step only once we return
+
+    # ---- validation
+
+    def on_validation_start(self) -> None:
+        self._rows = []
+        self._swapped.enter_context(self.ema_weights())
+
+    def validation_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Decode each clip with a generator of its own, seeded from its key: batch size and ranks change nothing."""
+        batch = self.with_latent(batch)
+        prediction = torch.cat([self._decode_clip(batch, index) for index in range(batch_size(batch))])
+        self._score(DECODER, prediction, batch, dataloader_idx)
+        for method, reference in self.references.items():
+            self._score(method, reference(batch), batch, dataloader_idx)
+        return {"prediction": prediction}
+
+    def _score(self, method: str, prediction: Float[Tensor, "b 3 t h w"], batch: VideoBatch, stream: int) -> None:
+        video, mask = batch["video"], batch.get("mask")
+        if "supervised" in batch:  # the same frames in all clips of a stream: those beside the window have no target
+            frames = batch["supervised"][0]
+            prediction, video = prediction[:, :, frames], video[:, :, frames]
+            mask = mask if mask is None else mask[:, :, frames]
+        scores = {m.name: m(prediction, video, mask) for m in self._metrics}
+        for index, key in enumerate(batch["key"]):
+            row = {"method": method, "stream": stream, "key": key, "frames": video.shape[2]}
+            row |= {"height": video.shape[3], "width": video.shape[4]}
+            self._rows.append(row | {name: score[index].mean().item() for name, score in scores.items()})
+
+    def _decode_clip(self, batch: VideoBatch, index: int) -> Float[Tensor, "1 3 t h w"]:
+        clip = slice(index, index + 1)
+        generator = torch.Generator(self.device)
+        generator.manual_seed(key_seed(batch["key"][index], self.training_config.seed))
+        reference = batch["reference"][clip] if "reference" in batch else None
+        size = tuple(batch["video"].shape[2:])
+        return self.decode(batch["latent"][clip], size=size, reference=reference, generator=generator).float()
+
+    def on_validation_epoch_end(self) -> None:
+        self._swapped.close()  # before any callback saves
+        self._rows = self._gather_rows()
+        own = [row for row in self._rows if row["method"] == DECODER]
+        if not own:
+            raise ValueError("there are no validation clips; give data.val a stream")
+        for name in (m.name for m in self._metrics):
+            mean = fmean(row[name] for row in own)
+            self.log(f"val/{name}", mean, rank_zero_only=True, prog_bar=name == "psnr")
+            for stream in sorted({row["stream"] for row in own}):  # each size and source by itself
+                mean = fmean(row[name] for row in own if row["stream"] == stream)
+                self.log(f"val_{name}/{self._stream_name(stream)}", mean, rank_zero_only=True)
+        self.log("val/clips_seen", float(self.clips_seen), rank_zero_only=True)
+        self.log("step", float(self.global_step), rank_zero_only=True)
+
+    def _stream_name(self, index: int) -> str:
+        names = getattr(self.trainer.datamodule, "val_names", [])
+        return names[index] if index < len(names) else str(index)
+
+    def _gather_rows(self) -> list[Row]:
+        """Rows of all ranks in a stable order. Ranks may have had different numbers of clips."""
+        if self.trainer.world_size == 1:
+            return self._rows
+        everywhere: list[list[Row]] = [[] for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather_object(everywhere, self._rows)
+        return sorted(
+            (row for rows in everywhere for row in rows), key=lambda row: (row["stream"], row["key"], row["method"])
+        )
+
+    @property
+    def validation_rows(self) -> list[Row]:
+        """One row per clip of the last validation, of all ranks."""
+        return self._rows
+
+    @property
+    def metric_protocols(self) -> dict[str, dict]:
+        """How each metric of the last validation was computed."""
+        return {m.name: m.protocol for m in self._metrics or ()}
+
+    # ---- weights
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def inference_parameters(self) -> dict[str, nn.Parameter]:
+        """What was trained and is needed at inference: EMA and export cover exactly this."""
+        prefixes = tuple(f"{name}." for name in self.discriminators)
+        return {name: p for name, p in self.trainable() if not (prefixes and name.startswith(prefixes))}
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """The averaged weights in place of the last ones, if there is an average."""
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            yield
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["seen"] = {"clips": self.clips_seen, "batches": self.batches_seen}
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.clips_seen, self.batches_seen = checkpoint["seen"]["clips"], checkpoint["seen"]["batches"]
+        if (self.training_config.ema is None) != ("ema" not in checkpoint):
+            raise ValueError("this checkpoint and this config disagree on whether there is an EMA")
+        self._restored_ema = checkpoint.get("ema")

@@ -1,0 +1,133 @@
+"""What a latent space is to the rest of the project: a frozen encoder with strides, a frame rule and a fingerprint.
+
+A latent space is a plain object, not an ``nn.Module``: held by a decoder it adds nothing to ``parameters()``, to a
+checkpoint or to an optimiser. Axis letters are those of ``datamodules/batch.py``.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+class LatentSpace(ABC):
+    """A frozen map from RGB video to normalised latents.
+
+    Attributes:
+        channels: latent channels, ``c``.
+        stride_t: pixel frames per latent frame after the first.
+        stride_hw: pixels per latent pixel, in height and in width.
+        causal: whether the first frame has a latent of its own, so that ``t = 1 + (n - 1) * stride_t`` and an image is
+            a clip of one frame. Otherwise ``t = n * stride_t``.
+    """
+
+    name: str = "latent space"
+    channels: int
+    stride_t: int
+    stride_hw: int
+    causal: bool = True
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Short hash of everything that decides the latents' values. Latents on disk carry it."""
+
+    @abstractmethod
+    def _encode(
+        self, video: Float[Tensor, "b 3 t h w"], sample: bool, generator: torch.Generator | None
+    ) -> Float[Tensor, "b c n y x"]:
+        """Encode a checked clip. Called without gradients and outside autocast."""
+
+    @torch.no_grad()
+    def encode(
+        self, video: Float[Tensor, "b 3 t h w"], *, sample: bool = False, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b c n y x"]:
+        """Encode RGB in [-1, 1] to normalised latents, float32, on the video's device, without gradients.
+
+        Args:
+            video: clips whose length and size pass :meth:`check`.
+            sample: draw from the posterior in place of its mean, where the space has one.
+            generator: source of that draw.
+
+        Raises:
+            ValueError: the space cannot encode this length or size; names the nearest that it can.
+        """
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video is {tuple(video.shape)}; expected RGB clips as (b, 3, t, h, w)")
+        self.check(*video.shape[2:])
+        with torch.autocast(video.device.type, enabled=False):
+            return self._encode(video, sample, generator).float()
+
+    def latent_frames(self, t: int) -> int:
+        """Latent frames of a clip of ``t`` pixel frames. Raises ValueError for a length the space cannot encode."""
+        if t < self._first or (t - self._first) % self.stride_t:
+            raise ValueError(self._length_error(t))
+        return 1 + (t - self._first) // self.stride_t
+
+    def pixel_frames(self, n: int) -> int:
+        """Pixel frames of ``n`` latent frames, ``n >= 1``."""
+        if n < 1:
+            raise ValueError(f"{n} latent frames: at least one is needed")
+        return 1 + (n - 1) * self.stride_t if self.causal else n * self.stride_t
+
+    def check(self, t: int, h: int, w: int) -> None:
+        """Raise ValueError, naming the nearest valid values below and above, unless ``t`` frames of h x w fit."""
+        self.latent_frames(t)
+        bad = [f"{axis} {size}" for axis, size in (("height", h), ("width", w)) if size < 1 or size % self.stride_hw]
+        if bad:
+            sizes = " or ".join(
+                dict.fromkeys(f"{y}x{x}" for y, x in zip(self._around(h), self._around(w), strict=True))
+            )
+            raise ValueError(
+                f"{' and '.join(bad)}: the {self.name} space encodes multiples of {self.stride_hw} pixels; "
+                f"the nearest to {h}x{w} is {sizes}"
+            )
+
+    def require(self) -> None:  # noqa: B027
+        """Raise FileNotFoundError, naming what is missing and how to get it, unless the encoder's files are there."""
+
+    @property
+    def _first(self) -> int:
+        """The shortest clip, in frames."""
+        return 1 if self.causal else self.stride_t
+
+    def _around(self, size: int) -> tuple[int, int]:
+        """The nearest encodable sizes, at or below and at or above ``size``, both at least one latent pixel."""
+        below = max(size // self.stride_hw, 1) * self.stride_hw
+        return below, max(-(-size // self.stride_hw), 1) * self.stride_hw
+
+    def _length_error(self, t: int) -> str:
+        below = self._first + max(t - self._first, 0) // self.stride_t * self.stride_t
+        near = str(below) if t < self._first else f"{below} or {below + self.stride_t}"
+        rule = f"1 + {self.stride_t}k" if self.causal else f"{self.stride_t}k"
+        return f"{t} frames: the {self.name} space encodes clips of {rule} frames; the nearest is {near}"
+
+
+def pad_to_valid(video: Float[Tensor, "b 3 t h w"], stride_t: int, multiple: int) -> Float[Tensor, "b 3 t2 h2 w2"]:
+    """Repeat the last frame, the bottom row and the right column until a causal space can encode the clip.
+
+    Args:
+        video: any range.
+        stride_t: the length becomes ``1 + k * stride_t``.
+        multiple: height and width become multiples of this many pixels.
+    """
+    t, h, w = video.shape[2:]
+    extra = ((1 - t) % stride_t, -h % multiple, -w % multiple)
+    if not any(extra):
+        return video
+    return F.pad(video, (0, extra[2], 0, extra[1], 0, extra[0]), mode="replicate")
+
+
+def hash_parts(*parts: str | Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
+    """First 16 hex digits of the sha256 of some text and settings and of named tensors (name, type, shape, bytes)."""
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for name, tensor in sorted((tensors or {}).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,127 @@
+"""What every decoder's training has in common, as plain dataclasses. YAML picks the values; nothing here knows a family."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class GroupConfig:
+    """Overrides for one named group of ``VideoDecoder.param_groups`` (the discriminator's betas, say). None: as the rest."""
+
+    lr: float | None = None
+    betas: tuple[float, float] | None = None
+    weight_decay: float | None = None
+    grad_clip: float | None = None
+
+
+@dataclass
+class OptimConfig:
+    """One AdamW over all parameter groups."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01  # on matrices only; gains and biases are never decayed
+    eps: float = 1e-8
+    warmup_steps: int = 0  # linear, from lr / warmup_steps
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr: float = 0.0  # where the cosine ends, at trainer.max_steps
+    grad_clip: float | None = 1.0  # largest norm, of each group on its own
+    fused: bool = True  # the fused kernel exists for CPU and CUDA; no second copy of the weights is made
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr={self.lr} must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)} must each lie in [0, 1)")
+        if self.eps <= 0 or self.weight_decay < 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError("optim: eps must be above 0, weight_decay 0 or more, and min_lr between 0 and lr")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps={self.warmup_steps} must be 0 or more")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(f"optim.grad_clip={self.grad_clip} must be above 0, or null for none")
+
+    def lr_factor(self, step: int, max_steps: int) -> float:
+        """The share of the base rate that optimiser step ``step`` (from 0) takes."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
+        floor = self.min_lr / self.lr
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving average of what is trained and needed at inference."""
+
+    decay: float = 0.9999
+    warmup_steps: int = 2000  # until then the average is the weights themselves
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay < 1:
+            raise ValueError(f"ema.decay={self.decay} must lie between 0 and 1")
+        if self.warmup_steps < 0:
+            raise ValueError(f"ema.warmup_steps={self.warmup_steps} must be 0 or more")
+
+
+@dataclass
+class ValidationConfig:
+    """What is measured on the validation clips, and what of them is shown."""
+
+    metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", "lpips_alex"])
+    num_shown: int = 4  # the first so many clips are drawn in TensorBoard, the same for every family
+    video_fps: int = 8  # of the moving pictures in TensorBoard
+    references: bool = True  # at the end, also score the mean colour, one colour per cell, and the space's own decoder
+
+
+@dataclass
+class TrainingConfig:
+    """Everything that ``VideoDecoder`` needs besides the architecture and the latent space."""
+
+    loss_weights: dict[str, Any] = field(default_factory=dict)  # term -> number or schedule, see loss_weight
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig | None = None
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    pad: Literal["error", "replicate"] = "error"  # sizes that the space cannot encode
+    seed: int = 0
+    max_steps: int = 1  # where the schedule ends
+
+
+def loss_weight(weight: float | dict[str, Any], step: int) -> float:
+    """The weight of a loss term at optimiser step ``step``.
+
+    A number stays as it is. A schedule ``{start, end, from_step, to_step, shape}`` moves from ``start`` to ``end``
+    between the two steps (``from_step`` defaults to 0), ``shape`` being linear (default) or cosine.
+    """
+    if not isinstance(weight, dict):
+        return float(weight)
+    first, last = weight.get("from_step", 0), weight["to_step"]
+    done = min(1.0, max(0.0, (step - first) / max(1, last - first)))
+    if weight.get("shape", "linear") == "cosine":
+        done = 0.5 * (1 - math.cos(math.pi * done))
+    return weight["start"] + (weight["end"] - weight["start"]) * done
+
+
+def check_loss_weights(weights: dict[str, Any], terms: frozenset[str]) -> None:
+    """Refuse a term without a weight, a weight without a term, and a schedule that cannot be read.
+
+    Raises:
+        ValueError: naming every difference at once.
+    """
+    wrong = [f"loss_weights.{name} is missing (0 turns the term off)" for name in sorted(terms - weights.keys())]
+    known = ", ".join(sorted(terms))
+    wrong += [f"loss_weights.{name} has no such term (there are: {known})" for name in sorted(weights.keys() - terms)]
+    for name, weight in weights.items():
+        if isinstance(weight, dict):
+            keys = {"start", "end", "from_step", "to_step", "shape"}
+            if not {"start", "end", "to_step"} <= weight.keys() <= keys:
+                wrong.append(
+                    f"loss_weights.{name}={weight} needs start, end and to_step, and may have from_step, shape"
+                )
+            elif weight.get("shape", "linear") not in ("linear", "cosine"):
+                wrong.append(f"loss_weights.{name}.shape={weight['shape']} is neither linear nor cosine")
+    if wrong:
+        raise ValueError("; ".join(wrong))

@@ -1,0 +1,382 @@
+"""Speed and memory of decoding, beside diffusers' Wan decoders: ``python -m experiments.bench NAME [key=value ...]``.
+
+Everything is measured in one run on the same latents with random weights, which cost as much as trained ones: frames/s,
+time to the first frame, latency of a latent frame (median and 95th percentile) and peak memory beyond the weights. Each
+decoder has a process of its own; they take turns, so that whatever else the machine does is shared between them. Both
+sides stream one latent frame at a time where they can, in the same precision, and a convolutional peer in the faster of
+two memory layouts. How far a decoder is from the machine's own matrix product rate, measured beside it, is told too.
+
+Options are overrides under ``bench.``; all others change the experiment:
+
+    make bench exp=flashdecoder_xl_stage1 bench.sizes=[[480,832],[720,1280]] bench.num_frames=25 bench.dtype=bf16
+"""
+
+import json
+import math
+import multiprocessing
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.bench_worker import DTYPES, Job, matmul_rate, serve
+from experiments.compose import ConfigError, parse_overrides, run_cli
+from experiments.config import build_space, load
+from experiments.show import table
+
+PEERS = {"wan21": "diffusers Wan 2.1", "wan22": "diffusers Wan 2.2"}
+WARM_UP = {"cpu": "two latent frames in each layout", "cuda": "two clips in each layout"}
+GIB = 2**30
+BUSY = 0.05  # share of the cores, taken by other processes, above which the report says so
+
+
+@dataclass
+class BenchConfig:
+    """``bench.*``: what is measured and how."""
+
+    sizes: list[list[int]] = field(default_factory=lambda: [[256, 256]])  # height, width in pixels
+    num_frames: int = 17
+    batch_size: int = 1
+    peers: list[str] = field(default_factory=lambda: ["wan21", "wan22"])
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    # Linear layers and convolutions of bf16 decoders: in bf16, in float32 (weights and activations stay bf16 in
+    # memory), or whichever this machine multiplies matrices faster in. All decoders alike.
+    arithmetic: Literal["auto", "bf16", "fp32"] = "auto"
+    layout: Literal["auto", "contiguous", "channels_last"] = "auto"  # of convolutional decoders; auto tries both
+    compile: bool = False  # torch.compile, of the experiment's decoder only
+    repeats: int = 3  # each decoder once per round
+    max_minutes: float = 30.0  # no further round is begun after so long
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    results: str = "results"  # folder of the JSON file
+
+    def __post_init__(self) -> None:
+        for size in self.sizes:
+            if len(size) != 2 or min(size) < 1:
+                raise ValueError(f"bench.sizes: {size} is not [height, width]")
+        if not self.sizes or min(self.num_frames, self.batch_size, self.repeats) < 1:
+            raise ValueError("bench.sizes must not be empty; num_frames, batch_size and repeats must be 1 or more")
+        for peer in self.peers:
+            if peer not in PEERS:
+                raise ValueError(f"bench.peers: no peer {peer}; there are {', '.join(PEERS)}")
+        if self.dtype == "fp32" and self.arithmetic == "bf16":
+            raise ValueError("bench.arithmetic=bf16 needs bench.dtype=bf16")
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+        raise ConfigError("which experiment? python -m experiments.bench NAME [bench.key=value ...] [key=value ...]")
+    name, *overrides = arguments
+    config = options([text for text in overrides if text.startswith("bench.")])
+    experiment = tuple(text for text in overrides if not text.startswith("bench."))
+    result = bench(name, experiment, config)
+    path = write(result, config)
+    print(report(result), f"\nwritten to {path}", sep="")
+
+
+def options(overrides: Sequence[str]) -> BenchConfig:
+    """``["bench.num_frames=25"]`` as checked options. Raises ConfigError."""
+    values = {key.removeprefix("bench."): value for key, value in parse_overrides(overrides).items()}
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchConfig), values))
+    except (OmegaConfBaseException, ValueError) as error:
+        message, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+        where = f"bench.{key}: " if key else "bench.sizes: " if "ListConfig" in message else "bench: "
+        raise ConfigError(message if message.startswith("bench.") else f"{where}{message}") from None
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """A decoder in its own process, and what it has measured at each size."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        context = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA or threads may hang
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, job), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.about: dict[str, Any] = {}
+        self.failed = ""
+
+    def wait_until_built(self) -> None:
+        self.about = self._answer()
+
+    def ask(self, request: str, **arguments: Any) -> Any:
+        """The answer, or None when it ran out of memory (``failed`` says so)."""
+        self.connection.send((request, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            status, content = self.connection.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            raise RuntimeError(
+                f"the process of {self.job.label} ended with exit code {self.process.exitcode}"
+                + (": probably out of memory; try smaller bench.sizes" if self.process.exitcode == -9 else "")
+            ) from None
+        if status == "error":
+            raise RuntimeError(f"{self.job.label}: {content}")
+        self.failed = content if status == "failed" else ""
+        return None if self.failed else content
+
+    def close(self) -> None:
+        if self.process.is_alive():
+            self.connection.send(None)
+            self.process.join(timeout=30)
+        if self.process.is_alive():
+            self.process.terminate()
+
+
+def bench(name: str, overrides: tuple[str, ...], config: BenchConfig) -> dict[str, Any]:
+    """Measure everything; the result is what the JSON file holds."""
+    _check_length(build_space(load(name, overrides)).stride_t, config)  # a typo is refused before anything is built
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("bench.device=cuda, but there is no CUDA device; bench.device=cpu measures the CPU")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    arithmetic, rates = _arithmetic(device, config)
+    shared = dict(
+        device=device,
+        dtype=config.dtype,
+        float32_arithmetic=config.dtype == "bf16" and arithmetic == "fp32",
+        layout=config.layout,
+        threads=config.threads,
+    )
+    decoders: list[Decoder] = []
+    try:
+        decoders.append(Decoder(Job(name, (name, overrides), None, compile=config.compile, **shared)))
+        for peer in config.peers:
+            decoders.append(Decoder(Job(PEERS[peer], None, peer, compile=False, **shared)))
+        for decoder in decoders:
+            _say(f"building {decoder.job.label}")
+            decoder.wait_until_built()
+        sizes = [_measure_size(decoders, config, tuple(size)) for size in config.sizes]
+        about = {decoder.job.label: decoder.about for decoder in decoders}
+    finally:
+        for decoder in decoders:
+            decoder.close()
+    return {
+        "experiment": name,
+        "overrides": list(overrides),
+        "command": " ".join(["python -m experiments.bench", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "versions": {package: version(package) for package in ("torch", "diffusers")}
+        | {"python": platform.python_version()},
+        "weights": "random",
+        "arithmetic": arithmetic,
+        "matmul_gflops_per_s": {key: rate / 1e9 for key, rate in rates.items()},
+        "options": asdict(config),
+        "decoders": about,
+        "sizes": sizes,
+    }
+
+
+def _arithmetic(device: str, config: BenchConfig) -> tuple[str, dict[str, float]]:
+    """In what linear layers and convolutions compute, and the measured rates that decided it."""
+    if config.dtype == "fp32" or device == "cuda":
+        return config.dtype, {}
+    rates = {name: matmul_rate(torch.device(device), dtype, side=512) for name, dtype in DTYPES.items()}
+    return max(rates, key=rates.get) if config.arithmetic == "auto" else config.arithmetic, rates
+
+
+def _check_length(stride_t: int, config: BenchConfig) -> None:
+    for stride in {stride_t} | ({4} if config.peers else set()):
+        if over := (config.num_frames - 1) % stride:
+            near = config.num_frames - over
+            raise ConfigError(
+                f"bench.num_frames={config.num_frames}: a clip to decode has 1 + {stride}k frames; "
+                f"the nearest are {near} and {near + stride}"
+            )
+
+
+def _measure_size(decoders: list[Decoder], config: BenchConfig, size: tuple[int, int]) -> dict[str, Any]:
+    """Rounds in which every decoder decodes the clip once, every other round in reverse order."""
+    multiple = math.lcm(*(decoder.about["multiple"] for decoder in decoders))
+    covered = tuple(-(-side // multiple) * multiple for side in size)
+    rows: dict[str, dict[str, Any]] = {}
+    for decoder in decoders:
+        _say(f"{size[0]}x{size[1]}: warming up {decoder.job.label}")
+        prepared = decoder.ask("prepare", batch_size=config.batch_size, num_frames=config.num_frames, size=covered)
+        rows[decoder.job.label] = {"failed": decoder.failed, "repetitions": []} | (prepared or {})
+    begun = time.monotonic()
+    for number in range(config.repeats):
+        if number and time.monotonic() - begun > 60 * config.max_minutes:
+            _say(f"stopped after {number} rounds: bench.max_minutes={config.max_minutes:g}")
+            break
+        for decoder in decoders[:: -1 if number % 2 else 1]:
+            row = rows[decoder.job.label]
+            repetition = None if row["failed"] else decoder.ask("measure")
+            row["failed"] = row["failed"] or decoder.failed
+            if repetition:
+                row["repetitions"].append(repetition)
+                rate = config.batch_size * config.num_frames / sum(repetition["step_s"])
+                _say(f"{size[0]}x{size[1]}: round {number + 1}, {decoder.job.label}: {rate:.3g} frames/s")
+    for label, row in rows.items():
+        row["summary"] = summarise(row, next(d.about for d in decoders if d.job.label == label), config)
+    ours, *peers = rows
+    ratios = {peer: ratio(rows[ours], rows[peer]) for peer in peers}
+    return {"size": list(size), "decoded_size": list(covered), "rows": rows, "ratios": ratios}
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def summarise(row: dict[str, Any], about: dict[str, Any], config: BenchConfig) -> dict[str, Any] | None:
+    """Median and spread over the repetitions of one decoder at one size; None where there are none."""
+    repetitions = row["repetitions"]
+    if not repetitions:
+        return None
+    frames = config.batch_size * config.num_frames
+    fps = [frames / sum(r["step_s"]) for r in repetitions]
+    first_ms = [1e3 * r["step_s"][0] for r in repetitions]
+    later_ms = [1e3 * s for r in repetitions for s in r["step_s"][1:]]
+    beyond = [r["beyond_weights_bytes"] for r in repetitions]
+    known = None not in beyond
+    return {
+        "fps": statistics.median(fps),
+        "fps_min_max": [min(fps), max(fps)],
+        "first_frame_ms": statistics.median(first_ms),
+        "step_ms": statistics.median(later_ms) if later_ms else None,
+        "step_ms_p95": percentile(later_ms, 95) if later_ms else None,
+        "weights_gib": about["weights_bytes"] / GIB,
+        "beyond_weights_gib": max(beyond) / GIB if known else None,
+        "peak_gib": (about["weights_bytes"] + max(beyond)) / GIB if known else None,
+        "others_cpu_share": max((r["others_cpu_share"] or 0.0) for r in repetitions),
+        "matmul_share": statistics.median(_matmul_share(row, about, r) for r in repetitions),
+    }
+
+
+def _matmul_share(row: dict[str, Any], about: dict[str, Any], repetition: dict[str, Any]) -> float:
+    """Operations per second as a share of the matrix product's, over the part of the clip that was counted."""
+    counted_s = sum(repetition["step_s"][:2] if about["streams"] else repetition["step_s"])
+    return row["trial_flops"] / counted_s / repetition["matmul_flops_per_s"]
+
+
+def ratio(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any] | None:
+    """Ours over the peer's: frames/s round by round, and memory beyond the weights."""
+    if not (ours["repetitions"] and peer["repetitions"]):
+        return None
+    pairs = zip(ours["repetitions"], peer["repetitions"], strict=False)
+    speed = [sum(theirs["step_s"]) / sum(own["step_s"]) for own, theirs in pairs]
+    own, theirs = (side["summary"]["beyond_weights_gib"] for side in (ours, peer))
+    return {
+        "fps": statistics.median(speed),
+        "fps_min_max": [min(speed), max(speed)],
+        "beyond_weights": None if own is None or not theirs else own / theirs,
+    }
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """By the nearest rank: a value that was measured."""
+    return sorted(values)[max(0, math.ceil(percent / 100 * len(values)) - 1)]
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+def write(result: dict[str, Any], config: BenchConfig) -> Path:
+    """One file per experiment, device and precision; a later run replaces it."""
+    name = "-".join(["bench", result["experiment"], result["device"], config.dtype])
+    path = Path(config.results) / (re.sub(r"[^\w.+-]+", "-", name).lower() + ".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def report(result: dict[str, Any]) -> str:
+    """The table of every size and its ratios, as printed."""
+    options = result["options"]
+    compute = options["dtype"]
+    if result["arithmetic"] != options["dtype"]:
+        compute += f" in memory, arithmetic in {result['arithmetic']}"
+    if result["matmul_gflops_per_s"]:
+        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in result["matmul_gflops_per_s"].items())
+        compute += f" (matrix products here, GFLOP/s: {rates})"
+    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+    threads = f", {result['threads']} threads" if result["threads"] else ""
+    lines = [
+        f"{result['device']}{threads}; {versions}; {result['date']}",
+        f"{compute}; compile {'on' if options['compile'] else 'off'}; random weights; batch {options['batch_size']}; "
+        f"{options['num_frames']} frames; warm-up: {WARM_UP['cuda' if result['threads'] is None else 'cpu']}",
+    ]
+    for size in result["sizes"]:
+        decoded = "" if size["size"] == size["decoded_size"] else " (decoded as {}x{})".format(*size["decoded_size"])
+        lines += ["", f"{size['size'][0]}x{size['size'][1]}{decoded}", table(_rows(size, result["decoders"]))]
+        if (others := busy_with_others(size)) > BUSY and result["threads"]:
+            lines.append(
+                f"other processes took up to {others:.0%} of the cores meanwhile: measure again on a quiet machine"
+            )
+        for peer, values in size["ratios"].items():
+            if values:
+                low, high = values["fps_min_max"]
+                line = f"{result['experiment']} / {peer}: {values['fps']:.2f}x the frames/s ({low:.2f} to {high:.2f})"
+                if values["beyond_weights"] is not None:
+                    line += f", {values['beyond_weights']:.3f}x the memory beyond weights"
+                lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def busy_with_others(size: dict[str, Any]) -> float:
+    """The largest share of the cores that other processes had while a decoder was measured."""
+    summaries = [row["summary"] for row in size["rows"].values() if row["summary"]]
+    return max((summary["others_cpu_share"] for summary in summaries), default=0.0)
+
+
+def _rows(size: dict[str, Any], decoders: dict[str, Any]) -> list[list[Any]]:
+    head = ["decoder", "M", "mode", "layout", "frames/s", "min to max", "first ms", "step ms", "p95 ms"]
+    rows: list[list[Any]] = [[*head, "weights GiB", "beyond GiB", "of matmul", "rounds"]]
+    for label, row in size["rows"].items():
+        summary, about = row["summary"], decoders[label]
+        millions = f"{about['parameters'] / 1e6:.1f}"
+        mode = "stream" if about["streams"] else "whole clip"
+        if summary is None:
+            rows.append([label, millions, mode, "", row["failed"], *[""] * 8])
+            continue
+        low, high = summary["fps_min_max"]
+        rows.append(
+            [
+                *(label, millions, mode, row["layout"], f"{summary['fps']:.3g}", f"{low:.3g} to {high:.3g}"),
+                *(_number(summary[key], ".1f") for key in ("first_frame_ms", "step_ms", "step_ms_p95")),
+                *(_number(summary[key], ".3f") for key in ("weights_gib", "beyond_weights_gib")),
+                *(f"{summary['matmul_share']:.0%}", str(len(row["repetitions"]))),
+            ]
+        )
+    return rows
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not measured" if value is None else f"{value:{form}}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,164 @@
+"""What a run shows while it trains: a progress bar, throughput and memory, and pictures of the same clips each time."""
+
+import io
+import resource
+import sys
+import time
+
+import torch
+from einops import rearrange
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+from tqdm import tqdm
+
+from datamodules.batch import batch_size
+from decoders.base import VideoDecoder
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Throughput(Callback):
+    """Logs clips/s over all ranks, step time, peak memory and learning rates; keeps clips/s for the progress bar."""
+
+    def __init__(self) -> None:
+        self.clips_per_s: float | None = None
+        self._start: float | None = None
+        self._clips = 0
+        self._steps = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._clips, self._steps = time.perf_counter(), 0, 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: VideoDecoder, outputs, batch, batch_idx) -> None:
+        self._clips += batch_size(batch) * trainer.world_size
+        if pl_module.batches_seen % trainer.accumulate_grad_batches:
+            return
+        self._steps += 1
+        if self._steps < trainer.log_every_n_steps:
+            return
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        seconds = time.perf_counter() - self._start
+        self.clips_per_s = self._clips / seconds
+        values = {
+            "perf/clips_per_s": self.clips_per_s,
+            "perf/step_ms": 1000 * seconds / self._steps,
+            "perf/peak_memory_gib": peak_memory_gib(pl_module.device),
+        }
+        for group in trainer.optimizers[0].param_groups:
+            values[f"lr/{group['name']}"] = group["lr"]
+        pl_module.log_dict(values)
+        self._reset()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
+        self._reset()  # its time is no training time
+
+
+class Progress(ProgressBar):
+    """One bar over all steps: loss, clips/s and time left. Where there is no terminal, a line now and then."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        super().__init__()
+        self._throughput = throughput
+        self._bar: tqdm | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
+        if not self._enabled:
+            return
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            mininterval=0.5 if terminal else 20.0,
+            maxinterval=0.5 if terminal else 60.0,
+            ncols=None if terminal else 120,
+            smoothing=0.05,
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: VideoDecoder, outputs, batch, batch_idx) -> None:
+        if self._bar is None:
+            return
+        moved = trainer.global_step - self._bar.n
+        if moved and (self._bar.n + moved) % trainer.log_every_n_steps == 0:
+            shown = {"loss": f"{float(outputs['loss']):.4f}"}
+            if self._throughput.clips_per_s:
+                shown["clips/s"] = f"{self._throughput.clips_per_s:.2f}"
+            if (psnr := trainer.callback_metrics.get("val/psnr")) is not None:
+                shown["val_psnr"] = f"{float(psnr):.2f}"
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(moved)
+
+    def teardown(self, trainer: Trainer, pl_module: VideoDecoder, stage: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class Reconstructions(Callback):
+    """Draws the first validation clips at every validation: truth, decode, error; stills and moving pictures."""
+
+    STILLS = 4  # frames of a clip that are drawn side by side
+    ERROR_GAIN = 4  # the error map shows |decode - truth| so many times brighter
+
+    def __init__(self, num_shown: int, video_fps: int) -> None:
+        self.num_shown, self.video_fps = num_shown, video_fps
+        self._shown: list[tuple[str, Tensor, Tensor]] = []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
+        self._shown = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        for index in range(batch_size(batch)):
+            if len(self._shown) < self.num_shown:
+                truth, decoded = batch["video"][index].cpu(), outputs["prediction"][index].float().cpu()
+                self._shown.append((batch["key"][index], truth, decoded))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
+        if trainer.logger is None or not trainer.is_global_zero:
+            return
+        writer, step = trainer.logger.experiment, trainer.global_step
+        for number, (_, truth, decoded) in enumerate(self._shown):
+            rows = side_by_side(truth, decoded, self.ERROR_GAIN)
+            every = torch.linspace(0, truth.shape[1] - 1, min(self.STILLS, truth.shape[1])).round().long()
+            still = rearrange(rows[every], "t h w c -> h (t w) c")
+            writer.add_image(f"clip{number}/truth_decode_error", still.numpy(), step, dataformats="HWC")
+            writer._get_file_writer().add_summary(moving_picture(f"clip{number}/moving", rows, self.video_fps), step)
+        writer.flush()
+        self._shown = []
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """RGB in [-1, 1] "3 t h w" to bytes "t h w 3"."""
+    return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "c t h w -> t h w c").round().to(torch.uint8)
+
+
+def side_by_side(truth: Tensor, decoded: Tensor, gain: float) -> Tensor:
+    """Truth above decode above error map: "t 3h w 3" bytes."""
+    error = ((decoded.clamp(-1, 1) - truth).abs() * gain - 1).clamp(-1, 1)
+    return torch.cat([to_uint8(part) for part in (truth, decoded, error)], dim=1)
+
+
+def moving_picture(tag: str, frames: Tensor, fps: int) -> Summary:
+    """An animated GIF as an image summary: TensorBoard plays it, and no video encoder is needed."""
+    pictures = [Image.fromarray(frame.numpy()) for frame in frames]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+    height, width = frames.shape[1:3]
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+    return Summary(value=[Summary.Value(tag=tag, image=image)])

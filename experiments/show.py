@@ -1,0 +1,261 @@
+"""What a run would be, without running it: `make show exp=NAME`. And what there is to run: `make list`.
+
+Nothing is allocated and nothing is decoded: parameters live on the meta device, and memory is that of a step over fake
+tensors, which have shapes and no memory.
+"""
+
+import dataclasses
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from experiments import compose, runs
+from experiments.compose import ConfigError, run_cli
+from experiments.config import (
+    Experiment,
+    build_decoder,
+    build_space,
+    check_decoder,
+    load,
+    locate,
+    resolved_yaml,
+    streams,
+)
+
+GIB = 2**30
+COLUMNS = ("stream", "size", "frames", "latent n y x", "tokens/clip", "batch", "tokens/step", "share", "clips", "files")
+
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["--list"]:
+        print(listing())
+        return 0
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError("which experiment? python -m experiments.show NAME [key=value ...], or --list")
+    name, *overrides = arguments
+    experiment = load(name, overrides)
+    print(f"{name}: {' '.join(compose.header(name)[:1])}\nrun: {_state(runs.run_dir(name, overrides))}\n")
+    print(resolved_yaml(experiment))
+    try:
+        space = build_space(experiment)
+    except FileNotFoundError as error:
+        print(f"latent space not found: {error}\nWithout its channels and strides nothing else can be shown.")
+        return 0
+    with torch.device("meta"):
+        decoder = build_decoder(experiment, space)
+    check_decoder(experiment, decoder)
+    print(parameters(decoder))
+    print(stream_table(experiment, decoder))
+    print(memory(experiment, decoder))
+    return 0
+
+
+def listing() -> str:
+    """Every runnable experiment with the first line of its header."""
+    rows = [[name, (compose.header(name) or [""])[0]] for name in compose.names()]
+    return table([["experiment", "what it is"], *rows])
+
+
+def table(rows: list[list[Any]], indent: str = "") -> str:
+    """Columns as wide as they need; numbers to the right, words to the left. The first row is the head."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [all(isinstance(value, int | float) for value in column[1:]) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in cells:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        lines.append(indent + "  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _state(folder: Path) -> str:
+    if (folder / runs.DONE).is_file():
+        return f"{folder} (complete)"
+    return f"{folder} ({'begun: the same command resumes it' if (folder / runs.CONFIG).is_file() else 'not begun'})"
+
+
+# --- parameters ---------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def parameters(decoder: Any) -> str:
+    """Millions of parameters of every part, two levels deep, and what of them is trained and needed at inference."""
+    rows: list[list[Any]] = [["parameters", "M"]]
+    for name, part in decoder.named_children():
+        rows.append([name, count_parameters(part) / 1e6])
+        rows += [[f"  {below}", count_parameters(piece) / 1e6] for below, piece in part.named_children()]
+    rows.append(["trained", sum(p.numel() for _, p in decoder.trainable()) / 1e6])
+    rows.append(["needed at inference", sum(p.numel() for p in decoder.inference_parameters().values()) / 1e6])
+    return table([row for row in rows if isinstance(row[1], str) or row[1] > 0]) + "\n"
+
+
+# --- sizes and clips ----------------------------------------------------------------------------------------------------
+
+
+def stream_table(experiment: Experiment, decoder: Any) -> str:
+    """One row per stream: its size in pixels, latents and tokens, per process and step, and the clips that it has."""
+    clips = {where: _clips(experiment, where, stream) for where, stream in streams(experiment).items()}
+    rows: list[list[Any]] = [list(COLUMNS)]
+    for where, stream in streams(experiment).items():
+        n, y, x = latent_shape(experiment, decoder, stream)
+        tokens = n * math.ceil(y * x / (decoder.size_multiple // decoder.latent_space.stride_hw) ** 2)
+        counts = clips[where]
+        if isinstance(counts, str):
+            num_clips, files = "?", "data not found, see below"
+        else:
+            num_clips = f"{counts['clips']:,}"
+            left_out = "".join(f", {num:,} {reason}" for reason, num in counts["dropped"].items())
+            files = f"{counts['files_used']:,} of {counts['files_found']:,}{left_out}"
+        rows.append(
+            [
+                where.removeprefix("data."),
+                "x".join(map(str, stream.size)),
+                stream.total_frames,
+                f"{n} {y} {x}",
+                tokens,
+                stream.batch_size,
+                tokens * stream.batch_size,
+                f"{stream.share:g}" if where.startswith("data.train.") else "",
+                num_clips,
+                files,
+            ]
+        )
+    missing = dict.fromkeys(f"data not found: {counts}" for counts in clips.values() if isinstance(counts, str))
+    return "\n".join(["per process (tokens are those of the decoder's first layer)", table(rows, "  "), *missing, ""])
+
+
+def latent_shape(experiment: Experiment, decoder: Any, stream: Any) -> tuple[int, int, int]:
+    """Latent frames, rows and columns of a clip of ``stream``, padding included."""
+    space, multiple = decoder.latent_space, decoder.size_multiple
+    frames, (height, width) = stream.total_frames, stream.size
+    if experiment.pad == "replicate":
+        frames += (1 - frames) % space.stride_t
+        height, width = height + -height % multiple, width + -width % multiple
+    return space.latent_frames(frames), height // space.stride_hw, width // space.stride_hw
+
+
+def _clips(experiment: Experiment, where: str, stream: Any) -> dict[str, Any] | str:
+    """The datamodule's own counts for one stream; or, where its data are not on this machine, what it says about that."""
+    _, split, name = where.split(".")
+    alone = {"train": {}, "val": {}, split: {name: dataclasses.replace(stream, share=1.0)}}
+    datamodule = locate(experiment.datamodule, "datamodule")(dataclasses.replace(experiment.data, **alone))
+    try:
+        return datamodule.describe()[split][name]
+    except FileNotFoundError as error:
+        return str(error)
+    except ValueError as error:  # no clip survives
+        raise ConfigError(str(error)) from None
+
+
+# --- memory -------------------------------------------------------------------------------------------------------------
+
+
+def memory(experiment: Experiment, decoder: Any) -> str:
+    """An estimate of what a GPU holds in training, at every training size, with the formula."""
+    trained = sum(p.numel() for _, p in decoder.trainable())
+    averaged = sum(p.numel() for p in decoder.inference_parameters().values()) if experiment.ema else 0
+    states = (16 * trained + 4 * averaged) / GIB
+    formula = f"(4 weight + 4 gradient + 8 Adam) B x {trained / 1e6:.1f} M"
+    formula += f" + 4 B EMA x {averaged / 1e6:.1f} M" if averaged else ""
+    shapes = {
+        where.removeprefix("data."): (
+            stream.batch_size,
+            decoder.latent_space.channels,
+            *latent_shape(experiment, decoder, stream),
+        )
+        for where, stream in streams(experiment).items()
+        if where.startswith("data.train.")
+    }
+    if not shapes:
+        return "memory per GPU: data.train has no streams, so there is nothing to train on"
+    precision = experiment.trainer.precision
+    saved, largest, peak = fake_steps(decoder.model, shapes, autocast=precision != "32-true")
+    rows: list[list[Any]] = [["stream", "states GiB", "activations GiB", "together GiB"]]
+    rows += [[where, states, size / GIB, states + size / GIB] for where, size in saved.items()]
+    network = 4 * count_parameters(decoder.model) / GIB  # its gradients are part of the peak
+    return (
+        f"memory per GPU, estimated\n{table(rows, '  ')}\n"
+        f"  at {largest}, with what the backward pass recomputes and lays aside: {states - network + peak / GIB:.2f} GiB\n"
+        f"  states = {formula}\n"
+        f"  activations = what the network keeps for its backward pass at this batch size in {precision}, counted tensor\n"
+        "  by tensor. Not counted: the frozen encoder, the losses' networks, a discriminator's activations, DDP's buckets,\n"
+        "  the allocator's slack. TensorBoard shows the measured peak."
+    )
+
+
+def fake_steps(
+    network: nn.Module, shapes: dict[str, tuple[int, ...]], autocast: bool
+) -> tuple[dict[str, int], str, int]:
+    """Run ``network`` over a latent of each shape (b c n y x) without memory, and count what it would have held.
+
+    Returns the bytes that each forward pass keeps for its backward pass; the name of the largest; and the largest
+    number of bytes alive during a forward and backward pass of that one, gradients among them, parameters not.
+    ``network`` is on the meta device and is left unusable: its parameters become fake.
+    """
+    saved = {}
+    # Fake CPU tensors rather than meta ones: attention then takes the same memory-saving kernel that a GPU would.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        network = network.to_empty(device="cpu").train()
+        own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+        for where, shape in shapes.items():
+            kept: dict[int, int] = {}
+
+            def note(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    kept[storage._cdata] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                output = network(torch.zeros(shape))
+            saved[where] = sum(kept.values())
+            del output
+        largest = max(saved, key=saved.get)
+        with LiveBytes(own) as live:
+            network(torch.zeros(shapes[largest])).float().sum().backward()
+    return saved, largest, live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, those in ``ignored`` excepted; ``peak`` is the most there were."""
+
+    def __init__(self, ignored: set[int]) -> None:
+        super().__init__()
+        self.alive = dict.fromkeys(ignored, 0)
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self.alive:
+            return
+        self.alive[storage._cdata] = storage.nbytes()
+        weakref.finalize(storage, self._forget, storage._cdata).atexit = False
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, address: int) -> None:
+        self.now -= self.alive.pop(address)
+
+
+if __name__ == "__main__":
+    run_cli(main)

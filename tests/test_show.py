@@ -1,0 +1,74 @@
+"""`make show`: what a run would be, without running it and without its memory."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from experiments import show
+from experiments.compose import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_show_says_all(debug_name, capsys):
+    assert show.main([debug_name, "optim.lr=0.25"]) == 0
+    said = capsys.readouterr().out
+    assert f"{debug_name}+optim.lr=0.25 (not begun)" in said
+    assert re.search(r"^  lr: 0.25$", said, re.MULTILINE)
+    assert re.search(r"^trained +\d+\.\d\d$", said, re.MULTILINE)
+    assert re.search(r"^  train\.\w+ +\d+x\d+ .* [1-9][\d,]* +\d+ of \d+", said, re.MULTILINE), "clips that survive"
+    assert "memory per GPU, estimated" in said
+
+
+def test_an_empty_size_is_refused():
+    with pytest.raises(ConfigError, match=r"data.train.big: no clip survives"):
+        show.main(
+            [
+                "flashdecoder_demo",
+                "data.train=null",
+                "data.train.big={sources: [bikes], size: [1088, 1920], share: 1}",
+            ]
+        )
+
+
+def test_missing_data_does_not_hide_the_rest(capsys, monkeypatch):
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    assert show.main(["flashdecoder_debug", "data.sources.here={path: $DATA_ROOT/k, kind: video}",
+                      "data.val.more={sources: [here], size: [32, 48], num_frames: 9}"]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert re.search(r"^data not found: data.sources.here: .*DATA_ROOT", said, re.MULTILINE)
+    assert re.search(r"^  train\.\w+ .* \d+ of \d+", said, re.MULTILINE)
+    assert "memory per GPU" in said
+
+
+def test_missing_terms_are_refused():
+    with pytest.raises(ConfigError, match=r"loss_weights.l1 is missing"):
+        show.main(["flashdecoder_debug", "loss_weights.l1=null"])
+
+
+def test_memory_is_counted():
+    """By hand: the first layer keeps its input (10 x 8), the ReLU its output (10 x 16), which the last layer shares."""
+    with torch.device("meta"):
+        network = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    saved, largest, peak = show.fake_steps(network, {"small": (5, 8), "large": (10, 8)}, autocast=False)
+    assert saved == {"small": 4 * 5 * (8 + 16), "large": 4 * 10 * (8 + 16)}
+    assert largest == "large"
+    gradients = 4 * (8 * 16 + 16 * 4)
+    assert saved["large"] + gradients / 2 < peak < 3 * (saved["large"] + gradients)
+
+
+@pytest.mark.slow
+def test_show_does_not_allocate_the_model():
+    """XL's weights alone are 3 GB; the process stays below that, imports included."""
+    code = (
+        "import resource; from experiments import show; show.main(['flashdecoder_xl_stage2']);"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert re.search(r"^model +769\.28$", run.stdout, re.MULTILINE)
+    assert int(re.search(r"^peak (\d+)$", run.stdout, re.MULTILINE)[1]) < 2000

@@ -63,12 +63,16 @@ def test_memory_is_counted():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_show_does_not_allocate_the_model():
-    """XL's weights alone are 3 GB; the process stays below that, imports included."""
+    """XL's weights alone are 3 GB; the process stays below that, imports included.
+
+    VmHWM rather than getrusage: a child's ru_maxrss begins at what its parent, here pytest, once held.
+    """
     code = (
-        "import resource; from experiments import show; show.main(['flashdecoder_xl_stage2']);"
-        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        "from experiments import show; show.main(['flashdecoder_xl_stage2']);"
+        "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert re.search(r"^model +769\.28$", run.stdout, re.MULTILINE)
-    assert int(re.search(r"^peak (\d+)$", run.stdout, re.MULTILINE)[1]) < 2000
+    assert int(re.search(r"^peak (\d+)$", run.stdout, re.MULTILINE)[1]) < 2000 * 1024

@@ -25,17 +25,20 @@ SMALL = (
     "data.num_workers=0", "validation.metrics=[psnr]", "validation.num_shown=0", "objective.crop=48",
 )  # fmt: skip
 PEAK = """
-import sys, resource
+import sys
 from experiments.config import load
 from experiments.train import train
 name, *overrides = sys.argv[1:]
 train(load(name, overrides), name, overrides)
-print("peak_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print("peak_gib", int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**20)
 """
 
 
 def stage(number: int, folder: Path, *more: str) -> tuple[float, str]:
-    """Peak resident memory in GiB of two steps of this stage, and what it printed."""
+    """Peak resident memory in GiB of two steps of this stage, and what it printed.
+
+    VmHWM rather than getrusage: a child's ru_maxrss begins at what its parent once held.
+    """
     names = {2: "flashdecoder_xl_stage2", 3: "flashdecoder_xl_stage3"}
     command = [sys.executable, "-c", PEAK, names[number], *SMALL, *more]
     environment = {"RUNS_ROOT": str(folder), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}

@@ -254,7 +254,9 @@ class FlashDecoderModel(nn.Module):
     def _step(self, x: Tensor, backbone: Cache, refinement: Cache, grid: Grid, first: bool):
         """One latent frame's tokens "b s D" to its frames, and both caches after it."""
         x, backbone = self.backbone.step(x, backbone, grid)
-        x, refinement = self.refinement.step(self._expand(x), refinement, grid)
-        if first:  # the first latent frame stands for one pixel frame, the last of its stride_t times
-            x = x[:, -grid.rows * grid.columns :]
+        # The first latent frame stands for one pixel frame, the last of its stride_t times.
+        last = grid.rows * grid.columns if first else None
+        x, refinement = self.refinement.step(self._expand(x), refinement, grid, last)
+        if first and not self.config.refinement_depth:
+            x = x[:, -last:]
         return self._pixels(x, grid), backbone, refinement

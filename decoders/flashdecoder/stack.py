@@ -79,13 +79,16 @@ class RollingStack(nn.Module):
         frames = (*past, new)
         return frames if self.window is None else frames[max(0, len(frames) - (self.window - 1)) :]
 
-    def step(self, x: Tensor, cache: Cache, grid: Grid) -> tuple[Tensor, Cache]:
-        """Tokens "b s D" of one latent frame and the cache before it -> the same after it. Nothing changes in place."""
+    def step(self, x: Tensor, cache: Cache, grid: Grid, last: int | None = None) -> tuple[Tensor, Cache]:
+        """Tokens "b s D" of one latent frame and the cache before it -> the same after it. Nothing changes in place.
+
+        ``last``: only so many tokens, from the end, are asked for, which spares the last block the others; None: all.
+        """
         frames = len(cache[0]) + 1 if self.window is None else self.window
         tables = self._tables(frames, grid, x.device)
         kept = []
         for block, past in zip(self.blocks, cache, strict=True):
-            x, new = self._run(block, x, past, *tables)
+            x, new = self._run(block, x, past, *tables, last if block is self.blocks[-1] else None)
             kept.append(self._kept(past, new))
         return x, kept
 

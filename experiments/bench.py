@@ -301,8 +301,8 @@ def device_name(device: str) -> str:
 
 
 def write(result: dict[str, Any], config: BenchConfig) -> Path:
-    """One file per experiment, device and precision; a later run replaces it."""
-    name = "-".join(["bench", result["experiment"], result["device"], config.dtype])
+    """One file per experiment, device, precision and compile or not; a later run replaces it."""
+    name = "-".join(["bench", result["experiment"], result["device"], config.dtype, *["compiled"] * config.compile])
     path = Path(config.results) / (re.sub(r"[^\w.+-]+", "-", name).lower() + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -83,9 +83,8 @@ class Chain(nn.Module):
 
 
 def remember(x: Tensor, frames: int) -> Tensor:
-    """The last ``frames`` frames of ``x``; a copy where no gradient is wanted, so that ``x`` itself can be freed."""
-    last = x[:, :, x.shape[2] - frames :]
-    return last if torch.is_grad_enabled() else last.clone()
+    """A copy of the last ``frames`` frames of ``x``, so that ``x`` itself can be freed."""
+    return x[:, :, x.shape[2] - frames :].clone()
 
 
 def per_frame(function: Any, x: Tensor) -> Tensor:

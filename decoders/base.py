@@ -47,12 +47,14 @@ class VideoDecoder(LightningModule):
         Objective: dataclass of the objective, in the family's ``module.py``.
         terms: names of all loss terms that ``losses`` may return. Declared once, checked against the weights at start.
         discriminators: names of submodules that are trained but not needed at inference.
+        trains_encoder: whether ``losses`` encodes by itself, with gradients; then its batches come without a latent.
     """
 
     Config: type
     Objective: type
     terms: frozenset[str]
     discriminators: tuple[str, ...] = ()
+    trains_encoder: bool = False
 
     def __init__(self, latent_space: LatentSpace, training: TrainingConfig) -> None:
         super().__init__()
@@ -70,7 +72,10 @@ class VideoDecoder(LightningModule):
     # ---- what a family writes
 
     def losses(self, batch: VideoBatch) -> dict[str, Tensor]:
-        """Named, unweighted scalars. ``batch`` has its latent. A term may be absent in a step (lazy R1, images)."""
+        """Named, unweighted scalars. ``batch`` has its latent, but where an encoder is trained (``trains_encoder``).
+
+        A term may be absent in a step (lazy R1, images).
+        """
         raise TypeError(f"{type(self).__name__} does not define losses()")
 
     def decode(
@@ -96,6 +101,10 @@ class VideoDecoder(LightningModule):
         """What was still pending; the stream is over."""
         raise TypeError(f"{type(self).__name__} cannot stream: use decode on the whole clip")
 
+    def own_references(self) -> dict[str, Callable[[VideoBatch], Tensor]]:
+        """Other methods that this family is judged beside on the same clips (a teacher): name -> batch to video."""
+        return {}
+
     @property
     def size_multiple(self) -> int:
         """Pixels that height and width must be a multiple of; more than the space's where the decoder folds latents."""
@@ -120,17 +129,25 @@ class VideoDecoder(LightningModule):
         Raises:
             ValueError: a length or size that cannot be encoded; names the nearest that can.
         """
+        return self.latent_space.encode(self.fitted(video), sample=sample, generator=generator)
+
+    def fitted(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 3 t2 h2 w2"]:
+        """``video`` at a length and size that can be encoded: as it is, or padded with ``pad: replicate``.
+
+        Raises:
+            ValueError: it cannot be encoded; names the nearest that can.
+        """
         space = self.latent_space
         if self.training_config.pad == "replicate":
-            video = pad_to_valid(video, space.stride_t, self.size_multiple)
-        elif video.shape[-2] % self.size_multiple or video.shape[-1] % self.size_multiple:
-            space.check(*video.shape[2:])  # the more specific error, where it has one
+            return pad_to_valid(video, space.stride_t, self.size_multiple)
+        space.check(*video.shape[2:])  # the more specific error, where it has one
+        if video.shape[-2] % self.size_multiple or video.shape[-1] % self.size_multiple:
             m, (h, w) = self.size_multiple, video.shape[-2:]
             raise ValueError(
                 f"{h}x{w} pixels: this decoder takes multiples of {m}; the nearest are {h // m * m}x{w // m * m} and "
                 f"{-(-h // m) * m}x{-(-w // m) * m}. pad=replicate pads the clip and crops the output back"
             )
-        return space.encode(video, sample=sample, generator=generator)
+        return video
 
     def with_latent(self, batch: VideoBatch) -> VideoBatch:
         """``batch`` with its latent: the one it has, or the encoding of its source, else of its video."""
@@ -167,7 +184,7 @@ class VideoDecoder(LightningModule):
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
         # Every draw of a step comes from (seed, step, rank), so a resumed run draws what the uninterrupted one drew.
         torch.manual_seed(key_seed(f"train:{self.batches_seen}:{self.global_rank}", self.training_config.seed))
-        terms = self.losses(self.with_latent(batch))
+        terms = self.losses(batch if self.trains_encoder else self.with_latent(batch))
         if unknown := terms.keys() - self.terms:
             raise ValueError(f"{type(self).__name__}.losses returned {sorted(unknown)}, which its terms do not name")
         weighted = [self.weight(name) * value for name, value in terms.items()]
@@ -316,6 +333,13 @@ class VideoDecoder(LightningModule):
         """What was trained and is needed at inference: EMA and export cover exactly this."""
         prefixes = tuple(f"{name}." for name in self.discriminators)
         return {name: p for name, p in self.trainable() if not (prefixes and name.startswith(prefixes))}
+
+    def inference_buffers(self) -> dict[str, Tensor]:
+        """What is needed at inference besides parameters and is stored with them: persistent buffers (kept channels)."""
+        parameters, state = dict(self.named_parameters()), self.state_dict()
+        prefixes = tuple(f"{name}." for name in self.discriminators)
+        names = (name for name in state.keys() - parameters.keys() if not (prefixes and name.startswith(prefixes)))
+        return {name: state[name] for name in sorted(names)}
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:

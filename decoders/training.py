@@ -72,9 +72,14 @@ class ValidationConfig:
     """What is measured on the validation clips, and what of them is shown."""
 
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", "lpips_alex"])
+    best: str = "psnr"  # the metric, one of the above, by which weights-best are chosen
     num_shown: int = 4  # the first so many clips are drawn in TensorBoard, the same for every family
     video_fps: int = 8  # of the moving pictures in TensorBoard
     references: bool = True  # at the end, also score the mean colour, one colour per cell, and the space's own decoder
+
+    def __post_init__(self) -> None:
+        if self.best not in self.metrics:
+            raise ValueError(f"validation.best={self.best} is none of validation.metrics: {', '.join(self.metrics)}")
 
 
 @dataclass

@@ -78,7 +78,7 @@ def load_weights(decoder: VideoDecoder, path: Path) -> dict[str, str]:
     Raises:
         ConfigError: the names or shapes are not those of this decoder.
     """
-    targets = decoder.inference_parameters()
+    targets = decoder.inference_parameters() | decoder.inference_buffers()
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         if odd := sorted(names ^ targets.keys()):
@@ -138,7 +138,8 @@ class Checkpoints(Checkpoint):
         best = self.folder / "weights-best.safetensors"
         if trainer.global_step and best.is_file():  # the file itself knows: it may be newer than the last checkpoint
             with safe_open(best, framework="pt") as file:
-                self.best = float((file.metadata() or {}).get("val_psnr", "-inf"))
+                score = (file.metadata() or {}).get(f"val_{pl_module.training_config.validation.best}")
+                self.best = None if score is None else float(score)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def teardown(self, trainer: Trainer, pl_module: VideoDecoder, stage: str) -> None:
@@ -178,8 +179,10 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        score = trainer.callback_metrics.get("val/psnr")
-        if score is not None and (self.best is None or score > self.best):
+        name = pl_module.training_config.validation.best
+        score = trainer.callback_metrics.get(f"val/{name}")
+        sign = -1 if name.startswith("lpips") else 1  # a distance: less is better
+        if score is not None and (self.best is None or sign * score > sign * self.best):
             self.best = float(score)
             self._save_weights(pl_module, "best")
 
@@ -206,6 +209,7 @@ class Checkpoints(Checkpoint):
             return
         averaged = pl_module.ema is not None and kind != "last"
         weights = pl_module.ema.state_dict() if averaged else pl_module.inference_parameters()
+        weights = {**weights, **pl_module.inference_buffers()}
         metadata = {
             "experiment": self.name,
             "step": str(pl_module.trainer.global_step),
@@ -213,7 +217,7 @@ class Checkpoints(Checkpoint):
             "latent_space": pl_module.latent_space.fingerprint,
         }
         if kind == "best":
-            metadata["val_psnr"] = str(self.best)
+            metadata[f"val_{pl_module.training_config.validation.best}"] = str(self.best)
         save_weights(self.folder / f"weights-{kind}.safetensors", weights, metadata)
 
     def finish(self, summary: dict[str, Any]) -> None:

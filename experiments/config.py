@@ -81,6 +81,8 @@ class Experiment:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     init_from: str | None = None  # <experiment>[:ema|last|best]: weights only; resuming needs no key
     allow_unfinished_parent: bool = False
+    train_parents: bool = False  # train init_from first where it has not been, and afterwards what beside names
+    beside: list[str] = field(default_factory=list)  # other experiments whose results are shown beside this one's
     pad: Literal["error", "replicate"] = "error"  # what to do with a size that the latent space cannot encode
     seed: int = 0
 

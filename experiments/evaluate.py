@@ -55,7 +55,7 @@ def run(
 
     ``weights`` says which were measured: kind, step, file.
     """
-    decoder.references = reference_methods(decoder.latent_space) if references else {}
+    decoder.references = decoder.own_references() | reference_methods(decoder.latent_space) if references else {}
     trainer.validate(decoder, datamodule=data, verbose=False)
     decoder.references = {}
     rows = [row | {"stream": data.val_names[row["stream"]]} for row in decoder.validation_rows]

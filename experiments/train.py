@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
 from decoders.base import VideoDecoder
-from experiments import evaluate
+from experiments import beside, evaluate
 from experiments.callbacks import Progress, Reconstructions, Throughput
 from experiments.checkpoints import LAST, Checkpoints, StreamedCheckpointIO, load_weights, write_atomically
 from experiments.compose import ConfigError, flatten, run_cli
@@ -32,7 +32,7 @@ from experiments.config import (
     require_paths,
     resolved_yaml,
 )
-from experiments.runs import CONFIG, DONE, diff, find_parent, run_dir, run_name
+from experiments.runs import CONFIG, DONE, diff, find_parent, is_neutral, run_dir, run_name
 
 say = rank_zero_only(print)
 
@@ -138,6 +138,8 @@ def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), call
     require_paths(experiment)
     parent = None
     if experiment.init_from and resume is None:
+        if experiment.train_parents:
+            train_missing([experiment.init_from.partition(":")[0]], overrides)
         parent = find_parent(experiment.init_from, allow_unfinished=experiment.allow_unfinished_parent)
     seed_everything(experiment.seed, verbose=False)
     decoder = build(experiment)
@@ -166,6 +168,14 @@ def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), call
         raise SystemExit(1)
     finish(experiment, trainer, decoder, data, keep)
     return folder
+
+
+def train_missing(names: Sequence[str], overrides: Sequence[str]) -> None:
+    """Train, or finish, the runs of these experiments, under those of the overrides that change no result."""
+    neutral = [text for text in overrides if is_neutral(text.partition("=")[0])]
+    for name in names:
+        if not (run_dir(name) / DONE).is_file():
+            train(load(name, neutral), name, neutral)
 
 
 def quiet() -> None:
@@ -239,7 +249,12 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("name an experiment: make exp=NAME (make list shows them)")
     name, *overrides = arguments
     quiet()
-    train(load(name, overrides), name, overrides)
+    experiment = load(name, overrides)
+    folder = train(experiment, name, overrides)
+    if experiment.beside:
+        if experiment.train_parents:
+            train_missing(experiment.beside, overrides)
+        say(beside.table([folder.name, *experiment.beside]))
 
 
 if __name__ == "__main__":

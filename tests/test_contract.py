@@ -87,7 +87,8 @@ def test_frozen_parts_stay_out_of_parameters_and_checkpoints(debug_name: str) ->
     decoder, _ = made(debug_name)
     decoder.setup("fit")
     known = {name for name, _ in decoder.trainable()}
-    assert decoder.state_dict().keys() == known
+    assert decoder.state_dict().keys() == known | decoder.inference_buffers().keys()
+    assert not decoder.inference_buffers().keys() & dict(decoder.named_parameters()).keys()
     assert decoder.inference_parameters().keys() <= known
     assert not any(
         name.startswith(decoder.discriminators) for name in decoder.inference_parameters() if decoder.discriminators
@@ -106,7 +107,8 @@ def test_overfits_one_clip(debug_name: str) -> None:
         weighted(decoder, decoder.losses(batch)).backward()
         optimizer.step()
     video = batch["video"]
-    error = (decoder.decode(batch["latent"], generator=torch.Generator().manual_seed(0)) - video).square().mean()
+    latent = decoder.with_latent({"video": video, "key": batch["key"]})["latent"]  # anew: an encoder may be trained too
+    error = (decoder.decode(latent, generator=torch.Generator().manual_seed(0)) - video).square().mean()
     colour = (video.mean(dim=(2, 3, 4), keepdim=True) - video).square().mean()
     assert error < 0.6 * colour
 
@@ -163,6 +165,7 @@ def test_frames_and_pixels_without_a_target_do_not_count(debug_name: str) -> Non
     batch["supervised"][:, -2:] = False
     batch["mask"] = torch.ones_like(video[:, :1])
     batch["mask"][..., :5] = 0.0
+    batch["source"] = video  # what is encoded, where an encoder is trained
     spoilt = video.clone()
     spoilt[:, :, -2:] = 1.0
     spoilt[..., :5] = -1.0

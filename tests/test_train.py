@@ -16,7 +16,7 @@ from decoders.base import TrainingDiverged
 from experiments import checkpoints, evaluate
 from experiments.checkpoints import LAST, DiskFull
 from experiments.compose import ConfigError
-from experiments.config import load
+from experiments.config import build_space, load
 from experiments.train import train
 
 QUICK = ("trainer.progress_bar=false", "validation.num_shown=0")
@@ -97,10 +97,12 @@ def _assert_same(a, b) -> None:
 
 def test_a_run_leaves_everything_behind(debug_name: str, runs_root: Path, capsys) -> None:
     overrides = ("trainer.progress_bar=false", "trainer.max_steps=4", "trainer.val_every_steps=2")
-    folder = train(load(debug_name, overrides), debug_name, overrides)
+    experiment = load(debug_name, overrides)
+    folder = train(experiment, debug_name, overrides)
     printed = capsys.readouterr().out
-    for promised in ("| clips", "mean colour", "one colour per", "own decoder", str(folder), "--logdir"):
+    for promised in ("| clips", "mean colour", "one colour per", str(folder), "--logdir"):
         assert promised in printed
+    assert ("own decoder" in printed) == hasattr(build_space(experiment), "decode")
     done = json.loads((folder / "done.json").read_text())
     assert done["steps"] == 4
     result = json.loads((folder / "evaluation" / "result.json").read_text())

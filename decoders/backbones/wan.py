@@ -64,7 +64,17 @@ WAN21 = WanConfig(
     std=[2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253,
          2.8251, 1.9160],
 )  # fmt: skip
-WAN22 = WanConfig(dim=256, encoder_dim=160, channels=48, residual=True, patch=2)
+WAN22 = WanConfig(
+    dim=256, encoder_dim=160, channels=48, residual=True, patch=2,
+    mean=[-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.1570,
+          -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322,
+          0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520,
+          0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
+    std=[0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165,
+         0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917,
+         0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600,
+         0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744],
+)  # fmt: skip
 LAYOUTS = {"wan21": WAN21, "wan22": WAN22}
 
 
@@ -128,7 +138,9 @@ class WanEncoder(nn.Module):
         stages: dict[str, nn.Module] = {"conv_in": Chain(CausalConv3d(3 * config.patch**2, widths[0], 3))}
         for number, (before, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
             halved = config.temporal[number] if number < len(config.temporal) else None
-            layers: list[nn.Module] = [ResBlock(before if i == 0 else width, width) for i in range(config.num_res_blocks)]
+            layers: list[nn.Module] = [
+                ResBlock(before if i == 0 else width, width) for i in range(config.num_res_blocks)
+            ]
             if halved is not None:
                 layers.append(Downsample(width, halved))
             if config.residual:
@@ -137,7 +149,9 @@ class WanEncoder(nn.Module):
                 stages[f"down{number}"] = Chain(*layers)
         last = widths[-1]
         stages["mid"] = Chain(ResBlock(last, last), FrameAttention(last), ResBlock(last, last))
-        stages["out"] = Chain(NormConv(last, 2 * config.channels), CausalConv3d(2 * config.channels, 2 * config.channels, 1))
+        stages["out"] = Chain(
+            NormConv(last, 2 * config.channels), CausalConv3d(2 * config.channels, 2 * config.channels, 1)
+        )
         self.stages = nn.ModuleDict(stages)
 
     def forward(self, video: Float[Tensor, "b 3 t h w"]) -> tuple[Tensor, Tensor]:

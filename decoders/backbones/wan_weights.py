@@ -170,7 +170,9 @@ def to_config(config: WanConfig) -> dict[str, Any]:
 def _read_original(file: Path) -> tuple[WanConfig, dict[str, Tensor]]:
     """The release's own pickle (tensors only) says nothing of its layout but the shapes of its weights."""
     if not file.is_file():
-        raise FileNotFoundError(f"no file {file}; get Wan2.1_VAE.pth with `hf download Wan-AI/Wan2.1-T2V-1.3B Wan2.1_VAE.pth`")
+        raise FileNotFoundError(
+            f"no file {file}; get Wan2.1_VAE.pth with `hf download Wan-AI/Wan2.1-T2V-1.3B Wan2.1_VAE.pth`"
+        )
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     width = state["decoder.head.0.gamma"].shape[0] if "decoder.head.0.gamma" in state else None
     for config in LAYOUTS.values():

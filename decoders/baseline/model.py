@@ -1,4 +1,8 @@
-"""A diffusers autoencoder's decoder as a plain module: whole clip and, for Wan, one latent frame at a time.
+"""Autoencoders to compare with: Wan's layout at any size, to be trained, and diffusers' decoders as they are.
+
+``build_decoder`` and ``build_encoder`` make our own Wan backbone (``decoders/backbones/wan.py``) in any width.
+``DiffusersDecoder`` is a diffusers autoencoder's decoder as a plain module: whole clip and, for Wan, one latent frame at
+a time.
 
 ``DiffusersDecoder.from_folder`` takes released weights. ``DiffusersDecoder.random`` has the layout of a release with
 random weights, which is all that measuring speed and memory needs. The encoder is dropped, so that parameters and
@@ -6,12 +10,13 @@ memory are the decoder's. diffusers is imported when one is built.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from decoders.backbones.wan import WanConfig, WanDecoder, WanEncoder
 from decoders.latent_spaces.diffusers import decode_clips, latent_statistics, load_vae
 from decoders.latent_spaces.diffusers_files import VAELayout, find_folder, read_layout
 
@@ -36,6 +41,84 @@ LAYOUTS = {
     "wan21": VAELayout("AutoencoderKLWan", "wan", channels=16, stride_t=4, stride_hw=8),
     "wan22": VAELayout("AutoencoderKLWan", "wan", channels=48, stride_t=4, stride_hw=16),
 }
+
+
+# A fresh posterior is about this narrow (std 0.05). At 0, a std of 1, its noise drowns a mean that starts small, and the
+# decoder first learns to ignore its input: README.md has the numbers.
+START_LOG_VARIANCE = -6.0
+
+
+@dataclass
+class BaselineConfig:
+    """The layout of a Wan autoencoder; its channels and strides are the latent space's. The defaults are Wan 2.1's."""
+
+    backbone: Literal["wan"] = "wan"
+    dim: int = 96  # the decoder's width at full resolution
+    encoder_dim: int | None = None  # the encoder's, where it differs
+    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])  # one more than the space halves pixels
+    num_res_blocks: int = 2  # per encoder stage; the decoder has one more
+    residual: bool = False  # Wan 2.2: parameter-free shortcuts beside the stages
+    patch: int = 1  # Wan 2.2: 2, pixels folded into channels at the outer ends
+    train_encoder: bool = False  # train an encoder too; needs the space decoders.latent_spaces.learned.Learned
+    mean: list[float] | None = None  # of what the encoder gives, once frozen; null: 0 and 1
+    std: list[float] | None = None
+    checkpointing: bool = False  # recompute blocks in the backward pass
+
+    def __post_init__(self) -> None:
+        if len(self.dim_mult) < 1 or min(self.dim_mult) < 1:
+            raise ValueError(f"decoder.dim_mult={list(self.dim_mult)} needs at least one width, all 1 or more")
+        self.layout(1, 1, self.patch * 2 ** (len(self.dim_mult) - 1))  # refuses what no space can save
+
+    def layout(self, channels: int, stride_t: int, stride_hw: int) -> WanConfig:
+        """The autoencoder for a space of this shape: the innermost reductions are those that halve the frames too.
+
+        Raises:
+            ValueError: the widths and the patch do not make these strides.
+        """
+        reductions, halvings = len(self.dim_mult) - 1, stride_t.bit_length() - 1
+        if self.patch * 2**reductions != stride_hw:
+            raise ValueError(
+                f"decoder.dim_mult has {reductions} reductions and decoder.patch is {self.patch}: a stride of "
+                f"{self.patch * 2**reductions} pixels, but the latent space has {stride_hw}"
+            )
+        if 2**halvings != stride_t or halvings > reductions:
+            raise ValueError(
+                f"the latent space has {stride_t} frames per latent frame; {reductions} reductions of decoder.dim_mult "
+                f"make powers of two up to {2**reductions}"
+            )
+        return WanConfig(
+            dim=self.dim,
+            encoder_dim=self.encoder_dim,
+            dim_mult=tuple(self.dim_mult),
+            num_res_blocks=self.num_res_blocks,
+            channels=channels,
+            temporal=(False,) * (reductions - halvings) + (True,) * halvings,
+            residual=self.residual,
+            patch=self.patch,
+            mean=self.mean,
+            std=self.std,
+        )
+
+
+def build_decoder(config: BaselineConfig, channels: int, stride_t: int, stride_hw: int) -> WanDecoder:
+    """Latents "b c n y x" to video "b 3 t h w", with fresh weights."""
+    decoder = WanDecoder(config.layout(channels, stride_t, stride_hw))
+    decoder.set_checkpointing(config.checkpointing)
+    return decoder
+
+
+def build_encoder(config: BaselineConfig, channels: int, stride_t: int, stride_hw: int) -> WanEncoder:
+    """Video "b 3 t h w" to a posterior's mean and log-variance, each "b c n y x", with fresh weights.
+
+    The posterior starts narrow, see ``START_LOG_VARIANCE``.
+    """
+    encoder = WanEncoder(config.layout(channels, stride_t, stride_hw))
+    encoder.set_checkpointing(config.checkpointing)
+    last = encoder.stages["out"].layers[-1]
+    with torch.no_grad():  # the log-variances, the second half of what comes out
+        last.weight[channels:] *= 0.1
+        last.bias[channels:] = START_LOG_VARIANCE
+    return encoder
 
 
 @dataclass

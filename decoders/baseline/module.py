@@ -1,0 +1,234 @@
+"""The baseline's objective: a decoder over a frozen space, or a whole autoencoder from scratch: L1, MSE, LPIPS, KL, GAN."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from datamodules.batch import VideoBatch, counted
+from decoders.backbones.staged import ConvStream
+from decoders.base import VideoDecoder
+from decoders.baseline.model import BaselineConfig, build_decoder, build_encoder
+from decoders.latent_spaces.base import LatentSpace
+from decoders.latent_spaces.learned import Learned, draw, measure_statistics
+from decoders.training import TrainingConfig
+from losses.adversarial import (
+    DiscriminatorConfig,
+    PatchDiscriminator3d,
+    discriminator_loss,
+    generator_loss,
+    r1_penalty,
+)
+from losses.kl import LOG_VARIANCE_RANGE, kl_to_standard_normal
+from losses.perceptual import Lpips, random_crop_pair
+from losses.pixel import l1, mse
+
+
+@dataclass
+class BaselineObjective:
+    """What is trained for, besides the weights of the terms."""
+
+    lpips_net: str = "vgg"
+    lpips_weights: str | None = None  # file or folder of the backbone; null: looked for (losses/pretrained.py)
+    lpips_frames_per_chunk: int | None = None  # bounds memory
+    crop: int | None = None  # LPIPS and the discriminator see random crops of this side; null: whole frames
+    discriminator: DiscriminatorConfig | None = None  # null: no adversarial terms
+    r1_interval: int = 16
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and self.crop < 16:
+            raise ValueError(f"objective.crop={self.crop} must be 16 or more, or null for whole frames")
+        if self.r1_interval < 1:
+            raise ValueError(f"objective.r1_interval={self.r1_interval} must be 1 or more")
+
+
+class Baseline(VideoDecoder):
+    """A convolutional video autoencoder, trained like any other family.
+
+    Terms: ``l1`` and ``mse`` on whole clips, ``lpips`` on crops; ``kl`` where the encoder is trained; with a
+    discriminator ``gan_g``, ``gan_d`` and lazy ``r1``, which skip images.
+
+    With ``train_encoder`` the space is a ``Learned`` one: the loss encodes the clips itself and decodes a sample of the
+    posterior; a latent that a batch brings along is of no use to it. ``encode`` gives the posterior's mean.
+    """
+
+    Config = BaselineConfig
+    Objective = BaselineObjective
+    terms_may_be_absent = True  # and their gradients: an image passes no convolution over time
+
+    def __init__(
+        self,
+        config: BaselineConfig,
+        objective: BaselineObjective,
+        latent_space: LatentSpace,
+        training: TrainingConfig,
+    ) -> None:
+        super().__init__(latent_space, training)
+        _check_space(config, latent_space)
+        self.objective = objective
+        shape = (latent_space.channels, latent_space.stride_t, latent_space.stride_hw)
+        self.model = self.build_model(config, *shape)
+        self.terms = frozenset({"l1", "mse", "lpips"})
+        self.encoder = None
+        if config.train_encoder:
+            self.terms |= {"kl"}
+            self.trains_encoder = True
+            self.encoder = build_encoder(config, *shape)
+        self.discriminator = None
+        if objective.discriminator is not None:
+            self.terms |= {"gan_g", "gan_d", "r1"}
+            self.discriminators = ("discriminator",)
+            self.discriminator = PatchDiscriminator3d.from_config(objective.discriminator)
+        self._lpips: Lpips | None = None  # built when first needed: it may have to fetch its weights
+
+    build_model = staticmethod(build_decoder)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.training_config.loss_weights["lpips"] != 0:  # a missing backbone is told at once
+            objective = self.objective
+            self._lpips = Lpips(
+                objective.lpips_net, objective.lpips_weights, frames_per_chunk=objective.lpips_frames_per_chunk
+            )
+
+    def param_groups(self) -> list[dict]:
+        parts = {"encoder": self.encoder, "decoder": self.model, "discriminator": self.discriminator}
+        return [{"name": name, "params": dict(p.named_parameters())} for name, p in parts.items() if p is not None]
+
+    # ---- latents
+
+    @torch.no_grad()
+    def encode(
+        self, video: Float[Tensor, "b 3 t h w"], *, sample: bool = False, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b c n y x"]:
+        """As in the base; a trained encoder gives its posterior's mean or a ``sample`` of it, in float32, four frames
+        at a time."""
+        if self.encoder is None:
+            return super().encode(video, sample=sample, generator=generator)
+        video = self.fitted(video)
+        with torch.autocast(video.device.type, enabled=False):
+            mean, log_variance = self.encoder.encode_in_chunks(video)
+        latent = draw(mean, log_variance.clamp(*LOG_VARIANCE_RANGE), generator) if sample else mean.float()
+        return self._normalise(latent)
+
+    def _normalise(self, latent: Float[Tensor, "b c n y x"]) -> Float[Tensor, "b c n y x"]:
+        """What the decoder undoes at its door; nothing until the statistics are frozen."""
+        return (latent - self.model.latent_mean) / self.model.latent_std
+
+    def freeze_statistics(
+        self, clips: Iterable[Tensor], generator: torch.Generator | None = None
+    ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+        """Measure what the encoder gives on ``clips`` "b 3 t h w" and normalise latents with it from now on.
+
+        Returns mean and std per channel, float64. Weights files do not hold them: whoever keeps the weights writes
+        them into ``decoder.mean`` and ``decoder.std``. Reconstructions stay the same.
+
+        Raises:
+            ValueError: the encoder is not trained here, or the clips have no statistics.
+        """
+        if self.encoder is None:
+            raise ValueError("this decoder trains no encoder: its frozen space has its own statistics")
+        buffers = self.model.latent_mean, self.model.latent_std
+        kept = [buffer.clone() for buffer in buffers]
+        try:
+            for buffer, plain in zip(buffers, (0.0, 1.0), strict=True):
+                buffer.fill_(plain)
+            encode = partial(self.encode, sample=True, generator=generator)
+            kept = measured = measure_statistics(encode, clips)
+        finally:  # the measured ones, or those from before
+            for buffer, values in zip(buffers, kept, strict=True):
+                buffer.copy_(values.view_as(buffer))
+        return measured
+
+    # ---- objective
+
+    def losses(self, batch: VideoBatch) -> dict[str, Tensor]:
+        video, mask = batch["video"], counted(batch)
+        latent, terms = (batch["latent"], {}) if self.encoder is None else self._sample_latent(batch)
+        prediction = self.model(latent)[:, :, : video.shape[2], : video.shape[3], : video.shape[4]]
+        terms["l1"] = l1(prediction, video, mask)
+        if self.is_on("mse"):
+            terms["mse"] = mse(prediction, video, mask)
+        adversarial = self.discriminator is not None and video.shape[2] > 1
+        if not (adversarial or self.is_on("lpips")):
+            return terms
+        fake, real, mask = self._crops(prediction, video, mask)
+        if self.is_on("lpips"):
+            terms["lpips"] = self._perceptual(fake, real, mask)
+        if adversarial:
+            terms |= self._adversarial(fake, real)
+        return terms
+
+    def _sample_latent(self, batch: VideoBatch) -> tuple[Float[Tensor, "b c n y x"], dict[str, Tensor]]:
+        """A draw of the posterior, with gradients, and what the posterior costs."""
+        mean, log_variance = self.encoder(self.fitted(batch.get("source", batch["video"])))
+        # Seeded by this step and rank, see the base: a resumed run draws the same.
+        generator = torch.Generator(mean.device).manual_seed(torch.initial_seed())
+        latent = draw(mean, log_variance.float().clamp(*LOG_VARIANCE_RANGE), generator)
+        return self._normalise(latent), {"kl": kl_to_standard_normal(mean, log_variance)}
+
+    def _crops(self, prediction: Tensor, video: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.objective.crop is None:
+            return prediction, video, mask
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        crops = random_crop_pair(prediction, video, self.objective.crop, generator, mask)
+        return crops if mask is not None else (*crops, None)
+
+    def _perceptual(self, fake: Tensor, real: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return self._lpips(fake, real)
+        scores = self._lpips.per_frame(fake, real, mask)
+        frames = mask.amax(dim=(1, 3, 4)) > 0
+        return torch.where(frames, scores, 0.0).sum() / frames.sum().clamp(min=1)
+
+    def _adversarial(self, fake: Tensor, real: Tensor) -> dict[str, Tensor]:
+        terms = {
+            "gan_g": generator_loss(self.discriminator, fake),
+            "gan_d": discriminator_loss(self.discriminator, real, fake),
+        }
+        interval = self.objective.r1_interval
+        if self.global_step % interval == 0:  # lazy R1: rarely, and as much stronger (StyleGAN2, appendix B)
+            terms["r1"] = interval * r1_penalty(self.discriminator, real)
+        return terms
+
+    # ---- inference
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latent: Float[Tensor, "b c n y x"],
+        *,
+        size: tuple[int, int, int] | None = None,
+        reference: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "b 3 t h w"]:
+        """Latent frame by latent frame, clamped to [-1, 1]. Deterministic: ``generator`` and ``reference`` are not used."""
+        video = self.model.decode(latent)
+        if size is None:
+            return video
+        t, h, w = size
+        return video[:, :, :t, :h, :w]
+
+    def start_stream(self, batch_size: int, height: int, width: int, *, reference=None, generator=None) -> ConvStream:
+        return self.model.start_stream(batch_size, height, width)
+
+    @torch.no_grad()
+    def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: ConvStream) -> Float[Tensor, "b 3 k h w"]:
+        return self.model.step_stream(latent_frame, state)
+
+    def end_stream(self, state: ConvStream) -> Float[Tensor, "b 3 0 h w"]:
+        return self.model.end_stream(state)
+
+
+def _check_space(config: BaselineConfig, space: LatentSpace) -> None:
+    """An encoder is trained over a learned space and over no other."""
+    if config.train_encoder and not isinstance(space, Learned):
+        raise ValueError(
+            f"decoder.train_encoder=true over the frozen {space.name} space; set latent_space to "
+            "decoders.latent_spaces.learned.Learned, or train_encoder to false"
+        )
+    if isinstance(space, Learned) and not config.train_encoder:
+        raise ValueError("the learned space needs decoder.train_encoder=true: nothing else would encode")

@@ -1,0 +1,247 @@
+"""Flash-VAED: students of the released structure, starts computed from a teacher, guidance, and the hand-over of phases."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from decoders.backbones.wan import WAN21, WAN22, WanConfig, WanDecoder
+from decoders.flash_vaed import released
+from decoders.flash_vaed.calibrate import PruneConfig, Statistics, choose, gather, initialise, pruning_report
+from decoders.flash_vaed.model import FlashVaedConfig, build_student
+from decoders.flash_vaed.teacher import load_teacher
+from decoders.flash_vaed.wan_student import WanStudent
+from experiments.compose import ConfigError
+from experiments.config import load
+from experiments.runs import run_dir
+from experiments.train import train
+from losses.distillation import feature_mse
+
+OPERATORS = {"mid": "depthwise", "up0": "depthwise", "up1": "depthwise", "up2": "frame", "up3": "frame"}
+LAYOUTS = {
+    "wan21": WanConfig(dim=8, channels=4),
+    "wan22": WanConfig(dim=8, channels=4, residual=True, patch=2),
+}
+PLANS = [{"up2": 0.5, "up3": 0.5}, {"up3": 0.25}, {"up1": 0.5, "up2": 0.25}]
+
+
+@pytest.fixture(params=list(LAYOUTS))
+def teacher(request) -> WanDecoder:
+    """A small teacher, its norms' gains away from 1."""
+    torch.manual_seed(0)
+    decoder = WanDecoder(LAYOUTS[request.param]).requires_grad_(False).eval()
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("gain"):
+            parameter.uniform_(0.5, 1.5)
+    return decoder
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(2, 4, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+
+
+def started(teacher: WanDecoder, operators: dict, keep: dict, latents: torch.Tensor, **options) -> WanStudent:
+    config = PruneConfig(positions=None, **options)
+    student = WanStudent(teacher.config, operators, keep)
+    statistics = gather(teacher, [latents], config.positions)
+    initialise(student, teacher, statistics, choose(student, teacher, statistics, config), config.refit)
+    return student.requires_grad_(False).eval()
+
+
+# --- structure --------------------------------------------------------------------------------------------------------
+
+
+def test_released_sizes():
+    with torch.device("meta"):
+        student = build_student(FlashVaedConfig(), channels=16, stride_t=4, stride_hw=8)
+        of_wan22 = WanStudent(WAN22, OPERATORS, {"up2": 0.125, "up3": 0.125})
+    assert sum(p.numel() for p in student.parameters()) == 5_859_995
+    parts = {name: sum(p.numel() for p in stage.parameters()) for name, stage in student.stages.items()}
+    assert {name: round(count / 1e6, 3) for name, count in parts.items()} == {
+        "conv_in": 0.167, "mid": 1.228, "up0": 2.503, "up1": 1.918, "up2": 0.036, "up3": 0.008, "out": 0.001,
+    }  # fmt: skip
+    assert f"{sum(p.numel() for p in of_wan22.parameters()) / 1e6:.1f}" == "47.5"
+
+
+@pytest.mark.parametrize("keep", [{}, *PLANS])
+@pytest.mark.parametrize("operators", [{}, OPERATORS])
+def test_any_student_streams_its_whole_clip(teacher, latents, operators, keep):
+    student = WanStudent(teacher.config, operators, keep).eval()
+    video = student(latents).clamp(-1, 1)
+    assert video.shape == teacher(latents).shape
+    torch.testing.assert_close(student.decode(latents), video, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"keep": {"up4": 0.5}}, "no such stage; there are mid, up0"),
+        ({"keep": {"up2": 0.0}}, "must lie above 0"),
+        ({"keep": {"mid": 0.5}}, "only stages behind an upsampling can be pruned"),
+        ({"operators": {"up2": "sparse"}}, "none of dense, depthwise, frame"),
+        ({"layout": "wan3"}, "none of wan21, wan22"),
+    ],
+)
+def test_impossible_plans_are_refused(config, said):
+    with pytest.raises(ValueError, match=said):
+        FlashVaedConfig(**config)
+
+
+def test_a_share_that_leaves_no_channel_is_refused():
+    with pytest.raises(ValueError, match=r"leaves no channel of 8; the smallest that leaves one is 1/8"):
+        WanStudent(LAYOUTS["wan21"], {}, {"up3": 0.1})
+
+
+def test_released_names(tmp_path: Path):
+    """The authors' file, as far as its names go: round trip, and what is said of files that do not fit."""
+    student = build_student(FlashVaedConfig(), channels=16, stride_t=4, stride_hw=8)
+    state = {released.released_name(name, student): p.detach() for name, p in student.named_parameters()}
+    assert "decoder.middle.0.residual.2.depthwise_conv.weight" in state
+    assert "decoder.upsamples.8.shortcut.weight" in state and "decoder.upsamples.7.time_conv.weight" in state
+    torch.save(state, tmp_path / "vae.pth")
+    again = released.from_released(tmp_path / "vae.pth")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), student.parameters(), strict=True))
+    state.pop("decoder.head.2.bias")
+    torch.save(state, tmp_path / "vae.pth")
+    with pytest.raises(ValueError, match=r"decoder.head.2.bias is missing"):
+        released.from_released(tmp_path / "vae.pth")
+    with pytest.raises(FileNotFoundError, match="Flash-VAED"):
+        released.from_released(tmp_path / "nothing.pth")
+
+
+# --- the start --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_pruned_is_the_teacher_to_the_bit(teacher, latents):
+    student = started(teacher, {}, {}, latents)
+    assert torch.equal(student(latents), teacher(latents))
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_redundant_channels_cost_nothing(latents, refit):
+    """Channels of up2 that are copies of others can go: half of them pruned, the student is the teacher still."""
+    torch.manual_seed(0)
+    teacher = WanDecoder(WanConfig(dim=8, dim_mult=(1, 2, 2, 4), channels=4)).requires_grad_(False).eval()
+    _make_redundant(teacher)
+    student = started(teacher, {}, {"up3": 0.5}, latents, refit=refit)
+    if refit:
+        torch.testing.assert_close(student(latents), teacher(latents), atol=2e-4, rtol=0)
+    else:  # what read the dropped copies is missing
+        assert (student(latents) - teacher(latents)).abs().max() > 1e-3
+
+
+def _make_redundant(teacher: WanDecoder) -> None:
+    """Make every second channel of stage up3 a copy of the one before it, by what makes them."""
+
+    def double(convolution: nn.Module) -> None:
+        convolution.weight[1::2] = convolution.weight[::2]
+        convolution.bias[1::2] = convolution.bias[::2]
+
+    double(teacher.stages["up2"].layers[-1].conv)
+    for block in teacher.stages["up3"].layers:
+        double(block.conv1)
+        double(block.conv2)
+
+
+@pytest.mark.parametrize("keep", PLANS)
+@torch.no_grad()
+def test_a_computed_start_is_nearer_to_the_teacher_than_a_random_one(teacher, latents, keep):
+    """By the features of stages: pixels of a teacher with random weights are noise, which no student of fewer channels has."""
+    torch.manual_seed(1)
+    _, taught = teacher(latents, taps=["mid", "up0", "up1"])
+
+    def errors(student: WanStudent) -> list[float]:
+        _, own = student(latents, taps=list(taught))
+        kept = {name: getattr(student, f"kept_{name}", slice(None)) for name in taught}
+        return [float(feature_mse(own[name], taught[name][:, kept[name]])) for name in taught]
+
+    computed = errors(started(teacher, OPERATORS, keep, latents))
+    by_chance = [errors(WanStudent(teacher.config, OPERATORS, keep)) for _ in range(3)]
+    assert all(error < min(others) for error, *others in zip(computed, *by_chance, strict=True))
+
+
+def test_dropped_inputs_are_better_read_through_their_reconstruction(teacher, latents):
+    taught = teacher(latents)
+    errors = {
+        refit: (started(teacher, {}, {"up2": 0.5, "up3": 0.5}, latents, refit=refit)(latents) - taught).square().mean()
+        for refit in (True, False)
+    }
+    assert errors[True] < errors[False]
+
+
+def test_what_is_kept_is_told_and_stays_with_the_weights(teacher, latents):
+    student = started(teacher, OPERATORS, {"up2": 0.5, "up3": 0.5}, latents)
+    full = student.recon_up1.shape[1]
+    assert student.kept_up1.shape == (full // 2,) and student.kept_up1.max() < full
+    rows = torch.arange(len(student.kept_up1))
+    torch.testing.assert_close(student.recon_up1[rows, student.kept_up1], torch.ones(len(rows)))
+    assert {"kept_up1", "recon_up1"} <= student.state_dict().keys()
+    statistics = gather(teacher, [latents])
+    selections = choose(student, teacher, statistics, PruneConfig())
+    report = pruning_report(student, teacher, selections)
+    assert "up2.0.hidden" in report and "predicted speed-up" in report
+    assert len(selections) == 14, "the released student's dump points"
+
+
+def test_too_few_clips_for_the_rank(teacher):
+    student = WanStudent(teacher.config, {}, {"up3": 0.5})
+    statistics = gather(teacher, [torch.randn(1, 4, 1, 1, 1)], positions=3)
+    with pytest.raises(ValueError, match="calibration clips too few for the rank"):
+        choose(student, teacher, statistics, PruneConfig())
+    with pytest.raises(ValueError, match="no calibration clip"):
+        gather(teacher, [])
+
+
+def test_teachers_of_another_layout_are_refused(tmp_path: Path, teacher):
+    with pytest.raises(ValueError, match="the teacher's layout"):
+        initialise(WanStudent(WAN21, {}, {}), teacher, Statistics(), {})
+    if teacher.config.residual:
+        return
+    import json
+
+    from safetensors.torch import save_file
+
+    from decoders.backbones.wan_weights import to_config, to_diffusers
+
+    (tmp_path / "config.json").write_text(json.dumps(to_config(teacher.config)))
+    save_file(to_diffusers(teacher), tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=r"differs from decoder.layout in dim.*: dim 8 against 96"):
+        load_teacher(str(tmp_path), WAN21)
+    same = load_teacher(str(tmp_path), WanConfig(dim=8, channels=4, mean=[0.0] * 4, std=[1.0] * 4))
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), teacher.parameters(), strict=True))
+
+
+# --- phases -----------------------------------------------------------------------------------------------------------
+
+QUICK = ("trainer.progress_bar=false", "validation.num_shown=0", "trainer.max_steps=2", "trainer.val_every_steps=2")
+
+
+def test_phases_hand_over(runs_root: Path, capsys):
+    """Phase 1 prunes and reports; phase 2 starts from its weights, kept channels included, and needs no calibration."""
+    first = train(load("flash_vaed_debug", QUICK), "flash_vaed_debug", QUICK)
+    assert "student against teacher before any training" in (first / "pruning.txt").read_text()
+    kept = torch.load(first / "pruning.pt", weights_only=True)["up2"]["kept"]
+    assert "| teacher" in capsys.readouterr().out
+    second = (*QUICK, f"init_from={first.name}", "objective.start=null", "objective.feed=student", "seed=1")
+    folder = train(load("flash_vaed_debug", second), "flash_vaed_debug", second)
+    assert not (folder / "pruning.txt").exists()
+    state = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(state["model.kept_up1"], kept)
+
+
+@pytest.mark.parametrize(
+    "override", ["objective.match=reconstructed", "objective.feed=teacher", "objective.target=teacher"]
+)
+def test_other_ways_to_be_taught(runs_root: Path, override):
+    overrides = (*QUICK, override)
+    train(load("flash_vaed_debug", overrides), "flash_vaed_debug", overrides)
+    assert (run_dir("flash_vaed_debug", overrides) / "done.json").is_file()
+
+
+def test_objectives_that_cannot_work_are_refused():
+    with pytest.raises(ConfigError, match="objective.teacher is null"):
+        load("flash_vaed_debug", ["objective.teacher=null"])
+    with pytest.raises(ConfigError, match="objective.crop=8"):
+        load("flash_vaed_debug", ["objective.crop=8"])

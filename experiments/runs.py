@@ -45,6 +45,7 @@ NEUTRAL = (
     "beside",
     "beside.*",
     "*.lpips_weights",
+    "objective.cache*",
     "*.path",
     "*_path",
     "*_dir",

@@ -8,12 +8,13 @@ from torch import nn
 
 from decoders.backbones.wan import WAN21, WAN22, WanConfig, WanDecoder
 from decoders.flash_vaed import released
+from decoders.flash_vaed.cache import TeacherCache
 from decoders.flash_vaed.calibrate import PruneConfig, Statistics, choose, gather, initialise, pruning_report
 from decoders.flash_vaed.model import FlashVaedConfig, build_student
 from decoders.flash_vaed.teacher import load_teacher
 from decoders.flash_vaed.wan_student import WanStudent
 from experiments.compose import ConfigError
-from experiments.config import load
+from experiments.config import build_decoder, build_space, load
 from experiments.runs import run_dir
 from experiments.train import train
 from losses.distillation import feature_mse
@@ -238,6 +239,23 @@ def test_other_ways_to_be_taught(runs_root: Path, override):
     overrides = (*QUICK, override)
     train(load("flash_vaed_debug", overrides), "flash_vaed_debug", overrides)
     assert (run_dir("flash_vaed_debug", overrides) / "done.json").is_file()
+
+
+def test_what_the_teacher_said_is_kept(tmp_path: Path):
+    """The same losses from the cache within half precision, the teacher not asked again, and no more than fits."""
+    experiment = load("flash_vaed_debug", [f"objective.cache={tmp_path}", "objective.start=null"])
+    decoder = build_decoder(experiment, build_space(experiment))
+    video = torch.rand(2, 3, 5, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = decoder.with_latent({"video": video, "key": ["a@0", "a@5"]})
+    first = decoder.losses(batch)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    decoder._ask = None  # would raise
+    again = decoder.losses(batch)
+    torch.testing.assert_close(again["guidance"], first["guidance"], rtol=2e-2, atol=0)
+    full = TeacherCache(str(tmp_path), "another teacher", limit_gib=0.0)
+    full.put(["a@0"], {"mid": torch.zeros(1, 2)})
+    assert full.get(["a@0"], torch.device("cpu")) is None
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_objectives_that_cannot_work_are_refused():

@@ -4,6 +4,7 @@ A phase is an experiment: which terms have which weights, what starts the studen
 1 prunes and initialises the student from the teacher before its first step; phases 2 and 3 start from the one before.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from datamodules.batch import VideoBatch, batch_size, counted
-from decoders.backbones.staged import ConvStream
-from decoders.backbones.wan import WanDecoder
+from decoders.backbones.staged import ConvStream, StagedDecoder
 from decoders.base import VideoDecoder
-from decoders.flash_vaed.calibrate import PruneConfig, Statistics, choose, gather, initialise, pruning_report
+from decoders.flash_vaed import calibrate, calibrate_ltx
+from decoders.flash_vaed.cache import TeacherCache
+from decoders.flash_vaed.calibrate import PruneConfig, Statistics
+from decoders.flash_vaed.ltx_student import LTXStudent
 from decoders.flash_vaed.model import FlashVaedConfig, build_student
 from decoders.flash_vaed.statistics import ChannelStatistics
 from decoders.flash_vaed.teacher import load_teacher
@@ -45,6 +48,8 @@ class FlashVaedObjective:
     feed: Literal["student", "teacher"] = (
         "student"  # whose features each followed stage reads: its own, or the teacher's
     )
+    cache: str | None = None  # folder that keeps what the teacher said of each clip; null: it is asked every time
+    cache_gib: float = 50.0  # room for it
     balance: bool = True  # each tap's loss over its running mean, so that all weigh equally
     target: Literal["video", "teacher"] = "video"  # what l1, ssim and lpips compare with
     lpips_net: str = "vgg"
@@ -85,15 +90,19 @@ class FlashVaed(VideoDecoder):
             if unknown := sorted(set(objective.taps) - set(self.model.stages)):
                 raise ValueError(f"objective.taps: no stage {unknown[0]}; there are {', '.join(self.model.stages)}")
         self._scale = RunningScale()
-        self._teacher: list[WanDecoder] = []  # in a list, so that it is no submodule
+        self._teacher: list[StagedDecoder] = []  # in a list, so that it is no submodule
         self._lpips: Lpips | None = None
+        self._cache: TeacherCache | None = None
+        if objective.cache is not None:
+            said = (objective.teacher, objective.target, objective.feed, sorted(objective.taps), latent_space.name)
+            self._cache = TeacherCache(objective.cache, repr(said), objective.cache_gib)
 
     build_model = staticmethod(build_student)
 
     # ---- the teacher, and the student's start
 
     @property
-    def teacher(self) -> WanDecoder:
+    def teacher(self) -> StagedDecoder:
         """The frozen teacher, on this module's device; read when it is first needed."""
         if not self._teacher:
             self._teacher.append(load_teacher(self.objective.teacher, self.model.layout))
@@ -130,15 +139,16 @@ class FlashVaed(VideoDecoder):
         device = self.trainer.strategy.root_device
         teacher = self.teacher.to(device)
         clips = list(self._calibration_latents(data, config.num_clips, device))
-        statistics = self._everyones(gather(teacher, clips, config.positions, config.seed))
+        steps = calibrate_ltx if isinstance(self.model, LTXStudent) else calibrate
+        statistics = self._everyones(steps.gather(teacher, clips, config.positions, config.seed))
         student = self.model.to(device)
         before = self._closeness(student, teacher, clips)
-        selections = choose(student, teacher, statistics, config)
-        initialise(student, teacher, statistics, selections, config.refit)
+        selections = steps.choose(student, teacher, statistics, config)
+        steps.initialise(student, teacher, statistics, selections, config.refit)
         after = self._closeness(student, teacher, clips)
         report = (
             f"{len(clips) * self.trainer.world_size} calibration batches, {config.method}, "
-            f"{'re-fitted' if config.refit else 'sliced'}\n{pruning_report(student, teacher, selections)}\n"
+            f"{'re-fitted' if config.refit else 'sliced'}\n{steps.pruning_report(student, teacher, selections)}\n"
             f"student against teacher before any training: {after:.2f} dB PSNR; with random weights {before:.2f} dB"
         )
         if rank_zero_only.rank == 0:
@@ -178,7 +188,7 @@ class FlashVaed(VideoDecoder):
         return merged
 
     @torch.no_grad()
-    def _closeness(self, student: torch.nn.Module, teacher: WanDecoder, clips: list[Tensor]) -> float:
+    def _closeness(self, student: torch.nn.Module, teacher: StagedDecoder, clips: list[Tensor]) -> float:
         """PSNR of the student's output against the teacher's, dB, mean over clips and frames."""
         scores = [Psnr()(student.decode(latent).float(), teacher.decode(latent).float()).mean() for latent in clips]
         return float(torch.stack(scores).mean())
@@ -191,7 +201,7 @@ class FlashVaed(VideoDecoder):
         taps = self.objective.taps if guided else ()
         output = self.model(latent, taps=taps)
         prediction, features = output if taps else (output, {})
-        taught = self._taught(latent, taps)
+        taught = self._taught(batch, taps)
         terms = {}
         if taps:
             terms["guidance"] = self._guidance(features, taught)
@@ -200,10 +210,19 @@ class FlashVaed(VideoDecoder):
         return terms | self._pixels(prediction[:, :, :t, :h, :w], target[:, :, :t, :h, :w], mask)
 
     @torch.no_grad()
-    def _taught(self, latent: Tensor, taps: list[str]) -> dict[str, Tensor]:
-        """What the teacher says of a latent: features of stages, and its video where that is the target."""
+    def _taught(self, batch: VideoBatch, taps: Sequence[str]) -> dict[str, Tensor]:
+        """What the teacher says of a batch: features of stages, and its video where that is the target."""
         if not taps and self.objective.target == "video":
             return {}
+        if self._cache is None:
+            return self._ask(batch["latent"], taps)
+        said = self._cache.get(batch["key"], self.device)
+        if said is None:
+            said = self._ask(batch["latent"], self.objective.taps)  # all there is to ask, so that a clip has one file
+            self._cache.put(batch["key"], said)
+        return said
+
+    def _ask(self, latent: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
         teacher = self.teacher
         names = list(teacher.stages)
         wanted = set(taps) | {names[names.index(tap) - 1] for tap in taps if self.objective.feed == "teacher"}

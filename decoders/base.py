@@ -1,7 +1,7 @@
 """What every decoder family shares: one training step, one validation, one optimiser.
 
-A family writes ``terms``, ``losses`` and ``decode``; the stream methods where it can stream; ``encode`` where it trains
-an encoder; ``param_groups`` where it needs more than one. Axis letters are those of ``datamodules/batch.py``.
+A family writes ``terms`` and ``losses``; ``decode`` and the stream methods where its network, ``self.model``, does not have
+them under the same names; ``encode`` where it trains an encoder; ``param_groups`` where it needs more than one. Axis letters are those of ``datamodules/batch.py``.
 """
 
 from collections.abc import Callable, Iterator
@@ -78,6 +78,7 @@ class VideoDecoder(LightningModule):
         """
         raise TypeError(f"{type(self).__name__} does not define losses()")
 
+    @torch.no_grad()
     def decode(
         self,
         latent: Float[Tensor, "b c n y x"],
@@ -86,20 +87,30 @@ class VideoDecoder(LightningModule):
         reference: Float[Tensor, "b 3 r h w"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "b 3 t h w"]:
-        """Normalised latents to RGB in about [-1, 1], without gradients, cropped to ``size`` (t, h, w)."""
-        raise TypeError(f"{type(self).__name__} does not define decode()")
+        """Normalised latents to RGB in about [-1, 1], without gradients, cropped to ``size`` (t, h, w).
+
+        By default the network's own, which is deterministic and looks at no reference.
+        """
+        video = self.model.decode(latent)
+        return video if size is None else video[:, :, : size[0], : size[1], : size[2]]
 
     def start_stream(self, batch_size: int, height: int, width: int, *, reference=None, generator=None) -> Any:
         """State of a new stream of ``height`` x ``width`` pixels; the caller owns it."""
-        raise TypeError(f"{type(self).__name__} cannot stream: use decode on the whole clip")
+        return self._streaming().start_stream(batch_size, height, width)
 
+    @torch.no_grad()
     def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: Any) -> Float[Tensor, "b 3 k h w"]:
         """The frames that are ready after this latent frame, perhaps none."""
-        raise TypeError(f"{type(self).__name__} cannot stream: use decode on the whole clip")
+        return self._streaming().step_stream(latent_frame, state)
 
     def end_stream(self, state: Any) -> Float[Tensor, "b 3 k h w"]:
         """What was still pending; the stream is over."""
-        raise TypeError(f"{type(self).__name__} cannot stream: use decode on the whole clip")
+        return self._streaming().end_stream(state)
+
+    def _streaming(self) -> nn.Module:
+        if not hasattr(self.model, "step_stream"):
+            raise TypeError(f"{type(self).__name__} cannot stream: use decode on the whole clip")
+        return self.model
 
     def own_references(self) -> dict[str, Callable[[VideoBatch], Tensor]]:
         """Other methods that this family is judged beside on the same clips (a teacher): name -> batch to video."""

@@ -9,21 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from datamodules.batch import VideoBatch, counted
-from decoders.backbones.staged import ConvStream
+from decoders import terms
 from decoders.base import VideoDecoder
 from decoders.baseline.model import BaselineConfig, build_decoder, build_encoder
 from decoders.latent_spaces.base import LatentSpace
 from decoders.latent_spaces.learned import Learned, draw, measure_statistics
 from decoders.training import TrainingConfig
-from losses.adversarial import (
-    DiscriminatorConfig,
-    PatchDiscriminator3d,
-    discriminator_loss,
-    generator_loss,
-    r1_penalty,
-)
+from losses.adversarial import DiscriminatorConfig, PatchDiscriminator3d
 from losses.kl import LOG_VARIANCE_RANGE, kl_to_standard_normal
-from losses.perceptual import Lpips, random_crop_pair
+from losses.perceptual import Lpips
 from losses.pixel import l1, mse
 
 
@@ -89,10 +83,7 @@ class Baseline(VideoDecoder):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.training_config.loss_weights["lpips"] != 0:  # a missing backbone is told at once
-            objective = self.objective
-            self._lpips = Lpips(
-                objective.lpips_net, objective.lpips_weights, frames_per_chunk=objective.lpips_frames_per_chunk
-            )
+            self._lpips = terms.build_lpips(self.objective)
 
     def param_groups(self) -> list[dict]:
         parts = {"encoder": self.encoder, "decoder": self.model, "discriminator": self.discriminator}
@@ -147,20 +138,20 @@ class Baseline(VideoDecoder):
 
     def losses(self, batch: VideoBatch) -> dict[str, Tensor]:
         video, mask = batch["video"], counted(batch)
-        latent, terms = (batch["latent"], {}) if self.encoder is None else self._sample_latent(batch)
+        latent, found = (batch["latent"], {}) if self.encoder is None else self._sample_latent(batch)
         prediction = self.model(latent)[:, :, : video.shape[2], : video.shape[3], : video.shape[4]]
-        terms["l1"] = l1(prediction, video, mask)
+        found["l1"] = l1(prediction, video, mask)
         if self.is_on("mse"):
-            terms["mse"] = mse(prediction, video, mask)
+            found["mse"] = mse(prediction, video, mask)
         adversarial = self.discriminator is not None and video.shape[2] > 1
         if not (adversarial or self.is_on("lpips")):
-            return terms
-        fake, real, mask = self._crops(prediction, video, mask)
+            return found
+        fake, real, mask = terms.crops(prediction, video, mask, self.objective.crop)
         if self.is_on("lpips"):
-            terms["lpips"] = self._perceptual(fake, real, mask)
+            found["lpips"] = terms.lpips(self._lpips, fake, real, mask)
         if adversarial:
-            terms |= self._adversarial(fake, real)
-        return terms
+            found |= terms.adversarial(self.discriminator, fake, real, self.global_step, self.objective.r1_interval)
+        return found
 
     def _sample_latent(self, batch: VideoBatch) -> tuple[Float[Tensor, "b c n y x"], dict[str, Tensor]]:
         """A draw of the posterior, with gradients, and what the posterior costs."""
@@ -169,58 +160,6 @@ class Baseline(VideoDecoder):
         generator = torch.Generator(mean.device).manual_seed(torch.initial_seed())
         latent = draw(mean, log_variance.float().clamp(*LOG_VARIANCE_RANGE), generator)
         return self._normalise(latent), {"kl": kl_to_standard_normal(mean, log_variance)}
-
-    def _crops(self, prediction: Tensor, video: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.objective.crop is None:
-            return prediction, video, mask
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        crops = random_crop_pair(prediction, video, self.objective.crop, generator, mask)
-        return crops if mask is not None else (*crops, None)
-
-    def _perceptual(self, fake: Tensor, real: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return self._lpips(fake, real)
-        scores = self._lpips.per_frame(fake, real, mask)
-        frames = mask.amax(dim=(1, 3, 4)) > 0
-        return torch.where(frames, scores, 0.0).sum() / frames.sum().clamp(min=1)
-
-    def _adversarial(self, fake: Tensor, real: Tensor) -> dict[str, Tensor]:
-        terms = {
-            "gan_g": generator_loss(self.discriminator, fake),
-            "gan_d": discriminator_loss(self.discriminator, real, fake),
-        }
-        interval = self.objective.r1_interval
-        if self.global_step % interval == 0:  # lazy R1: rarely, and as much stronger (StyleGAN2, appendix B)
-            terms["r1"] = interval * r1_penalty(self.discriminator, real)
-        return terms
-
-    # ---- inference
-
-    @torch.no_grad()
-    def decode(
-        self,
-        latent: Float[Tensor, "b c n y x"],
-        *,
-        size: tuple[int, int, int] | None = None,
-        reference: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "b 3 t h w"]:
-        """Latent frame by latent frame, clamped to [-1, 1]. Deterministic: ``generator`` and ``reference`` are not used."""
-        video = self.model.decode(latent)
-        if size is None:
-            return video
-        t, h, w = size
-        return video[:, :, :t, :h, :w]
-
-    def start_stream(self, batch_size: int, height: int, width: int, *, reference=None, generator=None) -> ConvStream:
-        return self.model.start_stream(batch_size, height, width)
-
-    @torch.no_grad()
-    def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: ConvStream) -> Float[Tensor, "b 3 k h w"]:
-        return self.model.step_stream(latent_frame, state)
-
-    def end_stream(self, state: ConvStream) -> Float[Tensor, "b 3 0 h w"]:
-        return self.model.end_stream(state)
 
 
 def _check_space(config: BaselineConfig, space: LatentSpace) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from datamodules.batch import VideoBatch, batch_size, counted
-from decoders.backbones.staged import ConvStream, StagedDecoder
+from decoders import terms
+from decoders.backbones.staged import StagedDecoder
 from decoders.base import VideoDecoder
 from decoders.flash_vaed import calibrate, calibrate_ltx
 from decoders.flash_vaed.cache import TeacherCache
@@ -27,7 +27,7 @@ from decoders.flash_vaed.teacher import load_teacher
 from decoders.latent_spaces.base import LatentSpace
 from decoders.training import TrainingConfig
 from losses.distillation import RunningScale, feature_mse
-from losses.perceptual import Lpips, random_crop_pair
+from losses.perceptual import Lpips
 from losses.pixel import l1
 from losses.structural import ssim_loss
 from metrics.image import Psnr
@@ -55,7 +55,7 @@ class FlashVaedObjective:
     lpips_net: str = "vgg"
     lpips_weights: str | None = None  # file or folder of the backbone; null: looked for (losses/pretrained.py)
     lpips_frames_per_chunk: int | None = None
-    crop: int | None = None  # LPIPS and SSIM see random crops of this side; null: whole frames
+    crop: int | None = None  # LPIPS sees random crops of this side; null: whole frames
 
     def __post_init__(self) -> None:
         if self.crop is not None and self.crop < 16:
@@ -117,9 +117,7 @@ class FlashVaed(VideoDecoder):
             return
         objective = self.objective
         if self.training_config.loss_weights["lpips"] != 0:  # a missing backbone is told at once
-            self._lpips = Lpips(
-                objective.lpips_net, objective.lpips_weights, frames_per_chunk=objective.lpips_frames_per_chunk
-            )
+            self._lpips = terms.build_lpips(self.objective)
         if objective.teacher is not None:
             _ = self.teacher  # a missing one is told at once
 
@@ -202,12 +200,12 @@ class FlashVaed(VideoDecoder):
         output = self.model(latent, taps=taps)
         prediction, features = output if taps else (output, {})
         taught = self._taught(batch, taps)
-        terms = {}
+        found = {}
         if taps:
-            terms["guidance"] = self._guidance(features, taught)
+            found["guidance"] = self._guidance(features, taught)
         target = batch["video"] if self.objective.target == "video" else taught["video"].clamp(-1, 1)
         t, h, w = batch["video"].shape[2:]
-        return terms | self._pixels(prediction[:, :, :t, :h, :w], target[:, :, :t, :h, :w], mask)
+        return found | self._pixels(prediction[:, :, :t, :h, :w], target[:, :, :t, :h, :w], mask)
 
     @torch.no_grad()
     def _taught(self, batch: VideoBatch, taps: Sequence[str]) -> dict[str, Tensor]:
@@ -259,41 +257,15 @@ class FlashVaed(VideoDecoder):
         return features if matrix is None else torch.einsum("bkthw,kc->bcthw", features, matrix.to(features))
 
     def _pixels(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        terms = {"l1": l1(prediction, target, mask)}
+        found = {"l1": l1(prediction, target, mask)}
         if self.is_on("ssim"):
-            terms["ssim"] = ssim_loss(prediction, target, mask)
+            found["ssim"] = ssim_loss(prediction, target, mask)
         if self.is_on("lpips"):
-            if self.objective.crop is not None:
-                generator = torch.Generator().manual_seed(torch.initial_seed())  # of this step and rank, see the base
-                prediction, target, *masks = random_crop_pair(prediction, target, self.objective.crop, generator, mask)
-                mask = masks[0] if masks else None
-            terms["lpips"] = self._perceptual(prediction, target, mask)
-        return terms
+            cut = terms.crops(prediction, target, mask, self.objective.crop)
+            found["lpips"] = terms.lpips(self._lpips, *cut)
+        return found
 
-    def _perceptual(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return self._lpips(prediction, target)
-        scores = self._lpips.per_frame(prediction, target, mask)
-        frames = mask.amax(dim=(1, 3, 4)) > 0
-        return torch.where(frames, scores, 0.0).sum() / frames.sum().clamp(min=1)
-
-    # ---- inference
-
-    @torch.no_grad()
-    def decode(
-        self,
-        latent: Float[Tensor, "b c n y x"],
-        *,
-        size: tuple[int, int, int] | None = None,
-        reference: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "b 3 t h w"]:
-        """Latent frame by latent frame, clamped to [-1, 1]. Deterministic: ``generator`` and ``reference`` are not used."""
-        video = self.model.decode(latent)
-        if size is None:
-            return video
-        t, h, w = size
-        return video[:, :, :t, :h, :w]
+    # ---- evaluation
 
     def own_references(self) -> dict[str, Any]:
         """The teacher on the same latents, beside which the student is judged."""
@@ -305,16 +277,6 @@ class FlashVaed(VideoDecoder):
             return self.teacher.decode(batch["latent"])[:, :, :t, :h, :w].float()
 
         return {"teacher": teacher}
-
-    def start_stream(self, batch_size: int, height: int, width: int, *, reference=None, generator=None) -> ConvStream:
-        return self.model.start_stream(batch_size, height, width)
-
-    @torch.no_grad()
-    def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: ConvStream) -> Float[Tensor, "b 3 k h w"]:
-        return self.model.step_stream(latent_frame, state)
-
-    def end_stream(self, state: ConvStream) -> Float[Tensor, "b 3 0 h w"]:
-        return self.model.end_stream(state)
 
     # ---- checkpoints
 

@@ -191,6 +191,11 @@ class FlashDecoderModel(nn.Module):
         dropped = (self.stride_t - 1) * grid.rows * grid.columns
         return self._pixels(x[:, dropped:], grid)
 
+    @torch.no_grad()
+    def decode(self, latent: Float[Tensor, "b c n y x"]) -> Float[Tensor, "b 3 t h w"]:
+        """Frame by frame through the rolling cache, without gradients, whatever the config's mode."""
+        return self(latent, mode="streaming")
+
     # ---- streams
 
     def start_stream(self, batch_size: int, height: int, width: int) -> FlashStream:

@@ -2,23 +2,16 @@
 
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from datamodules.batch import VideoBatch, counted
+from decoders import terms
 from decoders.base import VideoDecoder
-from decoders.flashdecoder.model import FlashDecoderConfig, FlashDecoderModel, FlashStream
+from decoders.flashdecoder.model import FlashDecoderConfig, FlashDecoderModel
 from decoders.latent_spaces.base import LatentSpace
 from decoders.training import TrainingConfig
-from losses.adversarial import (
-    DiscriminatorConfig,
-    PatchDiscriminator3d,
-    discriminator_loss,
-    generator_loss,
-    r1_penalty,
-)
-from losses.perceptual import Lpips, random_crop_pair
+from losses.adversarial import DiscriminatorConfig, PatchDiscriminator3d
+from losses.perceptual import Lpips
 from losses.pixel import l1
 
 
@@ -77,10 +70,7 @@ class FlashDecoder(VideoDecoder):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.training_config.loss_weights["lpips"] != 0:  # a missing backbone is told at once
-            objective = self.objective
-            self._lpips = Lpips(
-                objective.lpips_net, objective.lpips_weights, frames_per_chunk=objective.lpips_frames_per_chunk
-            )
+            self._lpips = terms.build_lpips(self.objective)
 
     def param_groups(self) -> list[dict]:
         groups = [{"name": "decoder", "params": dict(self.model.named_parameters())}]
@@ -93,65 +83,13 @@ class FlashDecoder(VideoDecoder):
     def losses(self, batch: VideoBatch) -> dict[str, Tensor]:
         video, mask = batch["video"], counted(batch)
         prediction = self.model(batch["latent"])[:, :, : video.shape[2], : video.shape[3], : video.shape[4]]
-        terms = {"l1": l1(prediction, video, mask)}
+        found = {"l1": l1(prediction, video, mask)}
         adversarial = self.discriminator is not None and video.shape[2] > 1
         if not (adversarial or self.is_on("lpips")):
-            return terms
-        fake, real, mask = self._crops(prediction, video, mask)
+            return found
+        fake, real, mask = terms.crops(prediction, video, mask, self.objective.crop)
         if self.is_on("lpips"):
-            terms["lpips"] = self._perceptual(fake, real, mask)
+            found["lpips"] = terms.lpips(self._lpips, fake, real, mask)
         if adversarial:
-            terms |= self._adversarial(fake, real)
-        return terms
-
-    def _crops(self, prediction: Tensor, video: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.objective.crop is None:
-            return prediction, video, mask
-        generator = torch.Generator().manual_seed(torch.initial_seed())  # of this step and rank, see the base
-        crops = random_crop_pair(prediction, video, self.objective.crop, generator, mask)
-        return crops if mask is not None else (*crops, None)
-
-    def _perceptual(self, fake: Tensor, real: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return self._lpips(fake, real)
-        scores = self._lpips.per_frame(fake, real, mask)
-        frames = mask.amax(dim=(1, 3, 4)) > 0
-        return torch.where(frames, scores, 0.0).sum() / frames.sum().clamp(min=1)
-
-    def _adversarial(self, fake: Tensor, real: Tensor) -> dict[str, Tensor]:
-        terms = {
-            "gan_g": generator_loss(self.discriminator, fake),
-            "gan_d": discriminator_loss(self.discriminator, real, fake),
-        }
-        interval = self.objective.r1_interval
-        if self.global_step % interval == 0:  # lazy R1: rarely, and as much stronger (StyleGAN2, appendix B)
-            terms["r1"] = interval * r1_penalty(self.discriminator, real)
-        return terms
-
-    # ---- inference
-
-    @torch.no_grad()
-    def decode(
-        self,
-        latent: Float[Tensor, "b c n y x"],
-        *,
-        size: tuple[int, int, int] | None = None,
-        reference: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "b 3 t h w"]:
-        """Frame by frame through the rolling cache. Deterministic: ``generator`` and ``reference`` are not used."""
-        video = self.model(latent, mode="streaming")
-        if size is None:
-            return video
-        t, h, w = size
-        return video[:, :, :t, :h, :w]
-
-    def start_stream(self, batch_size: int, height: int, width: int, *, reference=None, generator=None) -> FlashStream:
-        return self.model.start_stream(batch_size, height, width)
-
-    @torch.no_grad()
-    def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: FlashStream) -> Float[Tensor, "b 3 k h w"]:
-        return self.model.step_stream(latent_frame, state)
-
-    def end_stream(self, state: FlashStream) -> Float[Tensor, "b 3 0 h w"]:
-        return self.model.end_stream(state)
+            found |= terms.adversarial(self.discriminator, fake, real, self.global_step, self.objective.r1_interval)
+        return found

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from datamodules.batch import VideoBatch
 from decoders.base import DECODER, Row, VideoDecoder
-from decoders.latent_spaces.base import LatentSpace
+from decoders.latent_spaces.base import LatentSpace, pad_to_valid
 from decoders.latent_spaces.dct import dc_decode
 from experiments.checkpoints import load_weights, write_atomically
 from experiments.compose import ConfigError, run_cli
@@ -37,7 +37,9 @@ def reference_methods(space: LatentSpace) -> dict[str, Callable[[VideoBatch], Te
         return video.mean(dim=(2, 3, 4), keepdim=True).expand_as(video)
 
     def cell_colour(batch: VideoBatch) -> Tensor:
-        return dc_decode(batch["video"], space.stride_t, space.stride_hw)
+        t, h, w = batch["video"].shape[2:]
+        whole = pad_to_valid(batch["video"], space.stride_t, space.stride_hw)
+        return dc_decode(whole, space.stride_t, space.stride_hw)[:, :, :t, :h, :w]
 
     def own_decoder(batch: VideoBatch) -> Tensor:
         t, h, w = batch["video"].shape[2:]

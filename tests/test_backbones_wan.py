@@ -190,8 +190,9 @@ def test_released_statistics_are_diffusers_defaults():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan21", "wan22"])
 def test_full_size_layouts_equal_diffusers(name):
-    from decoders.baseline.model import RELEASED
     from diffusers import AutoencoderKLWan
+
+    from decoders.baseline.model import RELEASED
 
     theirs = randomise(AutoencoderKLWan(**RELEASED[name]))
     theirs.encoder = None

@@ -99,6 +99,7 @@ class StagedDecoder(nn.Module):
     ) -> tuple[Tensor, dict[str, Past], dict[str, Tensor]]:
         """Run ``stages`` (all by default) on denormalised latents or on features: output, new past, tapped features."""
         past, new, features = past or {}, {}, {}
+        x = x.contiguous(memory_format=torch.channels_last_3d)  # and so it stays: norms and convolutions like it best
         for name, stage in self.stages.items():
             if stages is not None and name not in stages:
                 continue

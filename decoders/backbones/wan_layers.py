@@ -4,12 +4,57 @@ from collections.abc import Callable
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decoders.layers.causal_conv import CausalConv3d, Chain, Past, per_frame
 
 Conv = Callable[[int, int, int], nn.Module]  # (in channels, out channels, kernel) -> layer
+
+
+# Enlarged pixel 2i + p is seen by the three taps of a row through pixels i - 1 + p and i + p alone: [p, which, tap].
+TAPS = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+TAPS_2D = torch.einsum("pak,qbl->klpqab", TAPS, TAPS).reshape(9, 16)
+
+
+def channels_last(pattern: str, x: Tensor, **sizes: int) -> Tensor:
+    """einops' ``rearrange`` of a video, written with its channels last and left so in memory."""
+    return rearrange(x.movedim(1, -1), pattern, **sizes).movedim(-1, 1)
+
+
+def unfold(x: Tensor, frames: int) -> Tensor:
+    """Frames and pixels out of channels: "b (c k p q) t h w" to "b c (t k) (h p) (w q)", p = q = 2."""
+    return channels_last("b t h w (c k p q) -> b (t k) (h p) (w q) c", x, k=frames, p=2, q=2)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nobody else has: in place where there is no gradient, as new memory costs more."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y; the same of x as for :func:`silu`."""
+    return x + y if torch.is_grad_enabled() else x.add_(y)
+
+
+def repeat_and_convolve(
+    frames: Float[Tensor, "f i y x"], weight: Float[Tensor, "o i 3 3"], bias: Float[Tensor, " o"]
+) -> Float[Tensor, "f o 2*y 2*x"]:
+    """Every pixel repeated 2 x 2, then a 3x3 convolution with zeros around, as one 2x2 convolution of the few pixels.
+
+    The four pixels that one became differ in which of their taps fall on the same neighbour; such taps are added first.
+    That is 16 products in place of 36 and no enlarged copy: 47 to 23 ms for 384 to 192 channels, 90 to 23 ms to 24.
+    """
+    f, _, y, x = frames.shape
+    weight = rearrange(weight.flatten(2) @ TAPS_2D.to(weight), "o i (p q a b) -> (p q o) a b i", p=2, q=2, a=2)
+    four = F.conv2d(frames, weight.movedim(-1, 1), bias.repeat(4), padding=1)
+    four = four.movedim(1, -1).unflatten(-1, (2, 2, -1))  # f y+1 x+1 p q o
+    large = four.new_empty(f, y, 2, x, 2, four.shape[-1])
+    for p in (0, 1):
+        for q in (0, 1):
+            large[:, :, p, :, q] = four[:, p : p + y, q : q + x, p, q]
+    return large.flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 
 
 class ChannelNorm(nn.Module):
@@ -20,10 +65,26 @@ class ChannelNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        channels, training = x.shape[1], torch.is_grad_enabled()
         with torch.autocast(x.device.type, enabled=False):
-            length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-            scale = (x.shape[1] ** 0.5 / length.clamp_min(1e-12)).to(x.dtype)
-            return x * scale * self.gain.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
+            gain = self.gain.to(x.dtype)
+            if channels < 32 and x.device.type == "cpu" and not training and x.movedim(1, -1).is_contiguous():
+                return self._narrow(x.movedim(1, -1), gain).movedim(-1, 1)
+            # A CPU adds up in float32 whatever it returns, but to return float32 it first copies all of x: 51 ms, not 3.
+            dtype = x.dtype if x.device.type == "cpu" else torch.float32
+            length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
+            x = x * (channels**0.5 / length.float().clamp_min(1e-12)).to(x.dtype)
+            gain = gain.view(-1, *(1,) * (x.ndim - 2))
+            return x * gain if training else x.mul_(gain)
+
+    @staticmethod
+    def _narrow(x: Tensor, gain: Tensor) -> Tensor:
+        """The same with few channels, which are last. Pixel by pixel a CPU would work on few numbers at once: here a matrix
+        of ones gives every channel the sum of squares, and a row of pixels meets its gains: 4.6 ms, not 10.8, for 12."""
+        channels, width = x.shape[-1], x.shape[-2]
+        squares = F.linear(x * x, x.new_full((channels, channels), 1 / channels), x.new_full((channels,), 1e-24))
+        y = squares.rsqrt_().mul_(x)
+        return y.flatten(-2).mul_(gain.repeat(width)).view(x.shape)
 
 
 class ResBlock(nn.Module):
@@ -45,9 +106,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, past: Past = None, first: bool = False) -> tuple[Tensor, Past]:
         past1, past2 = past or (None, None)
-        y, new1 = self.conv1(F.silu(self.norm1(x)), past1, first)
-        y, new2 = self.conv2(F.silu(self.norm2(y)), past2, first)
-        return y + (x if self.skip is None else self.skip(x)[0]), (new1, new2)
+        y, new1 = self.conv1(silu(self.norm1(x)), past1, first)
+        y, new2 = self.conv2(silu(self.norm2(y)), past2, first)
+        return add(y, x if self.skip is None else self.skip(x)[0]), (new1, new2)
 
 
 class FrameAttention(nn.Module):
@@ -85,12 +146,12 @@ class Upsample(nn.Module):
             head, rest = (x[:, :, :1], x[:, :, 1:]) if first else (x[:, :, :0], x)
             if rest.shape[2]:
                 rest, past = self.time_conv(rest, past)
-                rest = rearrange(rest, "b (k c) t h w -> b c (t k) h w", k=2)
+                rest = channels_last("b t h w (k c) -> b (t k) h w c", rest, k=2)
             x = torch.cat([head, rest], 2) if first else rest
         return per_frame(self._enlarge, x), past
 
     def _enlarge(self, frames: Tensor) -> Tensor:
-        return self.conv(F.interpolate(frames, scale_factor=2.0, mode="nearest"))
+        return repeat_and_convolve(frames, self.conv.weight, self.conv.bias)
 
 
 class Downsample(nn.Module):
@@ -120,7 +181,7 @@ class NormConv(nn.Module):
         self.conv = CausalConv3d(in_channels, out_channels, 3)
 
     def forward(self, x: Tensor, past: Past = None, first: bool = False) -> tuple[Tensor, Past]:
-        return self.conv(F.silu(self.norm(x)), past, first)
+        return self.conv(silu(self.norm(x)), past, first)
 
 
 class ResidualUp(Chain):
@@ -133,11 +194,8 @@ class ResidualUp(Chain):
 
     def forward(self, x: Tensor, past: Past = None, first: bool = False) -> tuple[Tensor, Past]:
         y, new = super().forward(x, past, first)
-        shortcut = rearrange(
-            x.repeat_interleave(self.repeats, 1),
-            "b (c k p q) t h w -> b c (t k) (h p) (w q)", k=self.frames, p=2, q=2,
-        )  # fmt: skip
-        return y + (shortcut[:, :, self.frames - 1 :] if first else shortcut), new
+        shortcut = unfold(x.repeat_interleave(self.repeats, 1), self.frames)
+        return add(y, shortcut[:, :, self.frames - 1 :] if first else shortcut), new
 
 
 class ResidualDown(Chain):

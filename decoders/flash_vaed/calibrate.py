@@ -47,7 +47,7 @@ class PruneConfig:
 
     method: Literal["greedy", "qr", "magnitude", "chip", "random"] = "greedy"
     refit: bool = True  # dropped inputs are read through their reconstruction; false: they are left out
-    swaps: int = 3  # greedy and qr: passes that exchange single channels for better ones, ours; 0: plain
+    swaps: int = 3  # greedy: passes that exchange single channels for better ones, ours; 0: plain
     num_clips: int = 16  # calibration clips, over all processes
     positions: int | None = 20000  # of every feature map and clip, spread evenly; null: all
     seed: int = 0
@@ -123,7 +123,7 @@ def choose(student: WanStudent, teacher: WanDecoder, statistics: Statistics, con
         for index, block in _blocks(student.stages[stage]):
             widths |= {f"{stage}.{index}.{what}": block.norm2.gain.shape[0] for what in ("hidden", "out")}
         for name, width in widths.items():
-            swaps = config.swaps if config.method in ("greedy", "qr") else 0
+            swaps = config.swaps if config.method == "greedy" else 0
             selections[name] = prune.select(statistics[name], width, config.method, swaps=swaps, seed=config.seed)
     return selections
 
@@ -244,6 +244,8 @@ def _shortcut(target: ProjectedUp, source: nn.Module, kept: _Kept, reads: str, a
 
 def pruning_report(student: WanStudent, teacher: WanDecoder, selections: Selections) -> str:
     """One row per pruned feature map: kept channels, R^2, parameters and operations of what makes it, predicted share."""
+    if not selections:
+        return "all channels are kept"
     rows = []
     scale = dict.fromkeys(student.stages, 1)
     size = 1

@@ -25,13 +25,14 @@ import torch
 from decoders.backbones.ltx import LTXConfig, LTXDecoder
 from decoders.backbones.ltx_layers import ConvFactory, EdgeConv3d, SeparableEdgeConv3d
 from decoders.backbones.ltx_weights import fill
+from decoders.flash_vaed.prune import kept_count
 from decoders.layers.causal_conv import FrameConv2d
 
 OPERATORS: Mapping[str, ConvFactory] = MappingProxyType(
-    {"dense": EdgeConv3d, "separable": SeparableEdgeConv3d, "frame": FrameConv2d}
+    {"dense": EdgeConv3d, "depthwise": SeparableEdgeConv3d, "frame": FrameConv2d}
 )
 RELEASED_WIDTHS = MappingProxyType({"up2": 64, "up3": 32})
-RELEASED_OPERATORS = MappingProxyType({"mid": "separable", "up0": "separable", "up1": "separable", "up3": "frame"})
+RELEASED_OPERATORS = MappingProxyType({"mid": "depthwise", "up0": "depthwise", "up1": "depthwise", "up3": "frame"})
 LEFTOVERS = ("mean_of_means", "std_of_means")  # in the released checkpoint, and used by nothing
 
 
@@ -46,7 +47,7 @@ def ltx_student(
     Args:
         teacher: its statistics of the latents are the student's.
         widths: stage -> channels, where they differ from the teacher's.
-        operators: stage -> dense, separable or frame, for its blocks; "up2.entry" for the block that changes the
+        operators: stage -> dense, depthwise or frame, for its blocks; "up2.entry" for the block that changes the
             width. Dense where nothing is said.
         force_skip: stages whose blocks mix their shortcut even where the width stays; None: those in ``widths``.
 
@@ -59,10 +60,86 @@ def ltx_student(
     if unknown := {*operators.values()} - {*OPERATORS}:
         raise ValueError(f"no operator {', '.join(sorted(unknown))}; there are {', '.join(OPERATORS)}")
     own = dict(zip(teacher.stages, teacher.widths, strict=True)) | dict(widths)
-    # A dense operator is left to the decoder, which makes it look ahead or not as its config says.
-    chosen = {stage: OPERATORS[name] for stage, name in operators.items() if name != "dense"}
     forced = tuple(widths if force_skip is None else force_skip)
-    return LTXDecoder(replace(teacher, widths=tuple(own.values())), chosen, forced)
+    return LTXDecoder(replace(teacher, widths=tuple(own.values())), _factories(operators), forced)
+
+
+def _factories(operators: Mapping[str, str]) -> dict[str, ConvFactory]:
+    """A dense operator is left to the decoder, which makes it look ahead or not as its config says."""
+    return {stage: OPERATORS[name] for stage, name in operators.items() if name != "dense"}
+
+
+class LTXStudent(LTXDecoder):
+    """Such a student by shares of channels, and what it shares with its teacher. The latents' statistics, which come with
+    a teacher's weights, are stored with its own.
+
+    Args:
+        layout: the teacher's.
+        operators: stage -> dense, depthwise or frame, "up3.entry" among the stages; dense where nothing is said.
+        keep: stage -> share of its channels that are kept; 1 where a stage is not named.
+
+    Attributes:
+        kept_<stage>, recon_<stage>: of every pruned stage, which of the teacher's channels it gives, and all of the
+            teacher's from these. Set by pruning (``calibrate_ltx.py``).
+
+    Raises:
+        ValueError: see :func:`plan`.
+    """
+
+    def __init__(self, layout: LTXConfig, operators: Mapping[str, str], keep: Mapping[str, float]) -> None:
+        widths, forced = plan(layout, operators, keep)
+        super().__init__(replace(layout, widths=tuple(widths.values())), _factories(operators), forced)
+        self.layout, self.operators, self.keep = layout, dict(operators), dict(keep)
+        for name, width in zip(layout.stages, layout.widths, strict=True):
+            if keep.get(name, 1.0) < 1:
+                self.register_buffer(f"kept_{name}", torch.arange(widths[name]))
+                self.register_buffer(f"recon_{name}", torch.eye(widths[name], width))
+        for name in ("latent_mean", "latent_std"):
+            self.register_buffer(name, getattr(self, name), persistent=True)
+
+
+def entries(layout: LTXConfig) -> list[str]:
+    """The stages that begin with a block which changes the width: those that can be pruned."""
+    steps = zip(layout.stages[1:], layout.factors, layout.widths[:-1], layout.widths[1:], strict=True)
+    return [name for name, factor, before, width in steps if factor == 1 and before != width]
+
+
+def plan(
+    layout: LTXConfig, operators: Mapping[str, str], keep: Mapping[str, float]
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Channels of every stage, and the stages whose blocks all mix their shortcut: those where channels are chosen, and
+    one whose first block would be gone because the stage before was pruned to its width.
+
+    Raises:
+        ValueError: a stage or operator that there is not, a share that cannot be kept, or a pruned stage before one
+            that takes its channels as they are.
+    """
+    prunable = entries(layout)
+    names = {"operators": [*layout.stages, *(f"{name}.entry" for name in prunable)], "keep": layout.stages}
+    for option, values in (("operators", operators), ("keep", keep)):
+        if unknown := sorted(set(values) - set(names[option])):
+            raise ValueError(f"decoder.{option}.{unknown[0]}: no such stage; there are {', '.join(names[option])}")
+    for name, operator in operators.items():
+        if operator not in OPERATORS:
+            raise ValueError(f"decoder.operators.{name}={operator} is none of {', '.join(OPERATORS)}")
+    for name, share in keep.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"decoder.keep.{name}={share} must lie above 0 and be at most 1")
+        if share < 1 and name not in prunable:
+            raise ValueError(
+                f"decoder.keep.{name}={share}: only stages that begin by changing the width can be pruned "
+                f"({', '.join(prunable) or 'this layout has none'})"
+            )
+    widths = {name: kept_count(w, keep.get(name, 1.0)) for name, w in zip(layout.stages, layout.widths, strict=True)}
+    forced = []
+    for before, name in zip(layout.stages, layout.stages[1:], strict=False):
+        if keep.get(name, 1.0) < 1 or (name in prunable and widths[before] == widths[name]):
+            forced.append(name)
+        elif name not in prunable and keep.get(before, 1.0) < 1:
+            raise ValueError(
+                f"decoder.keep.{before}={keep[before]}: {name} takes its channels as they are, all of them"
+            )
+    return widths, tuple(forced)
 
 
 def from_released(file: str | Path, teacher: LTXConfig | None = None) -> LTXDecoder:

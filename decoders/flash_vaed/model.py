@@ -8,7 +8,9 @@ The defaults are the released student of Wan 2.1 (arXiv 2602.19161), 5.86 M para
 
 from dataclasses import dataclass, field, replace
 
+from decoders.backbones.ltx import LTXConfig
 from decoders.backbones.wan import LAYOUTS, WanConfig
+from decoders.flash_vaed.ltx_student import LTXStudent, plan
 from decoders.flash_vaed.wan_student import WanStudent, check_plan
 
 STAGES = ["mid", "up0", "up1", "up2", "up3"]
@@ -18,7 +20,7 @@ STAGES = ["mid", "up0", "up1", "up2", "up3"]
 class FlashVaedConfig:
     """The student. ``operators`` and ``keep`` name stages; what they do not name stays dense and whole."""
 
-    layout: str = "wan21"  # the teacher's: wan21, wan22 or wan_mini
+    layout: str = "wan21"  # the teacher's: wan21, wan22, wan_mini or ltx
     dim: int | None = None  # another width than the layout's at full resolution (the uniform baseline: a quarter)
     operators: dict[str, str] = field(
         default_factory=lambda: {
@@ -33,15 +35,18 @@ class FlashVaedConfig:
     checkpointing: bool = False  # recompute blocks in the backward pass
 
     def __post_init__(self) -> None:
-        known = (*LAYOUTS, "wan_mini")
+        known = (*LAYOUTS, "wan_mini", "ltx")
         if self.layout not in known:
             raise ValueError(f"decoder.layout={self.layout} is none of {', '.join(known)}")
         if self.dim is not None and self.dim < 2:
             raise ValueError(f"decoder.dim={self.dim} must be 2 or more, or null for the layout's own")
-        check_plan(STAGES, self.operators, self.keep)
+        if self.layout == "ltx":
+            plan(LTXConfig(), self.operators, self.keep)
+        else:
+            check_plan(STAGES, self.operators, self.keep)
 
 
-def teacher_layout(config: FlashVaedConfig, channels: int, stride_t: int, stride_hw: int) -> WanConfig:
+def teacher_layout(config: FlashVaedConfig, channels: int, stride_t: int, stride_hw: int) -> WanConfig | LTXConfig:
     """The layout that the student is made from.
 
     Raises:
@@ -51,6 +56,8 @@ def teacher_layout(config: FlashVaedConfig, channels: int, stride_t: int, stride
         from decoders.latent_spaces.wan_mini import layout as wan_mini_layout
 
         layout = wan_mini_layout()
+    elif config.layout == "ltx":
+        layout = LTXConfig()
     else:
         layout = LAYOUTS[config.layout]
     if (layout.stride_t, layout.stride_hw) != (stride_t, stride_hw):
@@ -60,11 +67,17 @@ def teacher_layout(config: FlashVaedConfig, channels: int, stride_t: int, stride
         )
     if channels != layout.channels:  # another space in the same layout: its statistics are not the release's
         layout = replace(layout, channels=channels, mean=None, std=None)
-    return layout if config.dim is None else replace(layout, dim=config.dim, encoder_dim=None)
+    if config.dim is None:
+        return layout
+    if isinstance(layout, LTXConfig):
+        return replace(layout, widths=tuple(config.dim * width // layout.widths[-1] for width in layout.widths))
+    return replace(layout, dim=config.dim, encoder_dim=None)
 
 
-def build_student(config: FlashVaedConfig, channels: int, stride_t: int, stride_hw: int) -> WanStudent:
-    """The student with random weights; ``decoders/flash_vaed/calibrate.py`` fills it from a teacher."""
-    student = WanStudent(teacher_layout(config, channels, stride_t, stride_hw), config.operators, config.keep)
+def build_student(config: FlashVaedConfig, channels: int, stride_t: int, stride_hw: int) -> WanStudent | LTXStudent:
+    """The student with random weights; ``calibrate.py`` and ``calibrate_ltx.py`` fill it from a teacher."""
+    layout = teacher_layout(config, channels, stride_t, stride_hw)
+    kind = LTXStudent if isinstance(layout, LTXConfig) else WanStudent
+    student = kind(layout, config.operators, config.keep)
     student.set_checkpointing(config.checkpointing)
     return student

@@ -1,13 +1,12 @@
 """Where a student's teacher comes from."""
 
-from dataclasses import replace
-
 import torch
 
+from decoders.backbones.ltx import LTXConfig, LTXDecoder
 from decoders.backbones.wan import WanConfig, WanDecoder
 
 
-def load_teacher(name: str, layout: WanConfig) -> WanDecoder:
+def load_teacher(name: str, layout: WanConfig | LTXConfig) -> WanDecoder | LTXDecoder:
     """The frozen teacher, float32, on the CPU.
 
     Args:
@@ -22,16 +21,23 @@ def load_teacher(name: str, layout: WanConfig) -> WanDecoder:
     if name == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return WanDecoder(layout).requires_grad_(False).eval()
-    if name == "wan_mini":
+            decoder = LTXDecoder if isinstance(layout, LTXConfig) else WanDecoder
+            return decoder(layout).requires_grad_(False).eval()
+    if isinstance(layout, LTXConfig):
+        if name == "wan_mini":
+            raise ValueError("objective.teacher=wan_mini is no LTX-Video decoder, which decoder.layout=ltx asks for")
+        teacher = LTXDecoder.from_folder(name)
+    elif name == "wan_mini":
         from decoders.latent_spaces.wan_mini import load_decoder
 
         teacher = load_decoder()
     else:
         teacher = WanDecoder.from_folder(name)
     theirs = teacher.config
-    if replace(theirs, encoder_dim=None) != replace(layout, encoder_dim=None):
-        fields = [key for key, value in vars(theirs).items() if value != getattr(layout, key) and key != "encoder_dim"]
+    # The encoder says nothing of the decoder; LTX's statistics come with the weights, and go to the student from there.
+    ignored = ("mean", "std") if isinstance(layout, LTXConfig) else ("encoder_dim",)
+    fields = [key for key, value in vars(theirs).items() if value != getattr(layout, key) and key not in ignored]
+    if fields:
         raise ValueError(
             f"objective.teacher={name} differs from decoder.layout in {', '.join(fields)}: "
             + "; ".join(f"{key} {getattr(theirs, key)} against {getattr(layout, key)}" for key in fields)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from decoders.backbones.staged import StagedDecoder
 from decoders.backbones.wan import WanConfig
-from decoders.backbones.wan_layers import FrameAttention, NormConv, ResBlock, ResidualUp, Upsample
+from decoders.backbones.wan_layers import FrameAttention, NormConv, ResBlock, ResidualUp, Upsample, add, unfold
 from decoders.flash_vaed.prune import kept_count
 from decoders.layers.causal_conv import CausalConv3d, Chain, DepthwiseSeparableConv3d, FrameConv2d, Past
 
@@ -30,10 +30,8 @@ class ProjectedUp(Chain):
 
     def forward(self, x: Tensor, past: Past = None, first: bool = False) -> tuple[Tensor, Past]:
         y, new = super().forward(x, past, first)
-        shortcut = rearrange(
-            self.shortcut(x), "b (c k p q) t h w -> b c (t k) (h p) (w q)", k=self.frames, p=2, q=2
-        )  # fmt: skip
-        return y + (shortcut[:, :, self.frames - 1 :] if first else shortcut), new
+        shortcut = unfold(self.shortcut(x), self.frames)
+        return add(y, shortcut[:, :, self.frames - 1 :] if first else shortcut), new
 
 
 class WanStudent(StagedDecoder):

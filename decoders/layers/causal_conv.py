@@ -30,7 +30,7 @@ class CausalConv3d(nn.Conv3d):
         if not before:
             return super().forward(x), None
         if past is None and x.shape[2] == 1:  # an image: all taps but the last would meet zeros
-            new = torch.cat([x.new_zeros(x.shape).repeat_interleave(before - 1, 2), x], 2) if before > 1 else x
+            new = torch.cat([*[torch.zeros_like(x)] * (before - 1), x], 2)  # in the memory layout of x
             y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, 1, self.padding[1:], 1, self.groups)
             return y.unsqueeze(2), new
         x = F.pad(x, (0, 0, 0, 0, before, 0)) if past is None else torch.cat([past, x], 2)
@@ -89,7 +89,8 @@ def remember(x: Tensor, frames: int) -> Tensor:
 
 def per_frame(function: Any, x: Tensor) -> Tensor:
     """Apply a function of images "(b t) c h w" to a video "b c t h w"."""
-    b, c, t, h, w = x.shape
-    frames = x.transpose(1, 2).reshape(b * t, c, h, w)  # no copy where channels are last in memory, or t is 1
-    frames = function(frames)
-    return frames.unflatten(0, (b, t)).transpose(1, 2)
+    b, _, t, _, _ = x.shape
+    if b == 1:  # a view of one axis as two would give axes of length 1 strides that convolutions take for another layout
+        return function(x[0].transpose(0, 1)).unsqueeze(0).transpose(1, 2)
+    frames = x.transpose(1, 2).flatten(0, 1)  # no copy where channels are last in memory
+    return function(frames).unflatten(0, (b, t)).transpose(1, 2)

@@ -69,10 +69,11 @@ def test_released_sizes():
 @pytest.mark.parametrize("keep", [{}, *PLANS])
 @pytest.mark.parametrize("operators", [{}, OPERATORS])
 def test_any_student_streams_its_whole_clip(teacher, latents, operators, keep):
-    student = WanStudent(teacher.config, operators, keep).eval()
+    """In float64: norms over the two to four channels of such small students magnify rounding."""
+    student = WanStudent(teacher.config, operators, keep).double().eval()
     video = student(latents).clamp(-1, 1)
     assert video.shape == teacher(latents).shape
-    torch.testing.assert_close(student.decode(latents), video, atol=1e-4, rtol=0)
+    torch.testing.assert_close(student.decode(latents), video, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := start
-.PHONY: start train list show evaluate bench tb test test-slow test-gpu lint flash-attn setup help
+.PHONY: start train list show evaluate bench profile tb test test-slow test-gpu lint flash-attn setup help
 PORT ?= 6006
 RUNS_ROOT ?= runs
 # Capitals are environment variables, which make hands on by itself.
@@ -48,6 +48,10 @@ evaluate: $(venv) ## Score a trained experiment on its validation clips: make ev
 bench: $(venv) ## Speed and memory of decoding, beside its peers: make bench exp=NAME
 	$(need_exp)
 	@$(python) -m experiments.bench $(call quote,$(exp)) $(overrides)
+
+profile: $(venv) ## Where a decoder's time goes, by stage and operator, beside its teacher's: make profile exp=NAME
+	$(need_exp)
+	@$(python) -m experiments.profile $(call quote,$(exp)) $(overrides)
 
 tb: $(venv) ## TensorBoard on all runs: make tb [PORT=6006]
 	@$(python) -m tensorboard.main --logdir $(call quote,$(RUNS_ROOT)) --port $(PORT)

@@ -85,15 +85,23 @@ def main(arguments: list[str]) -> None:
     print(report(result), f"\nwritten to {path}", sep="")
 
 
-def options(overrides: Sequence[str]) -> BenchConfig:
+def options(overrides: Sequence[str], schema: type = BenchConfig, group: str = "bench") -> Any:
     """``["bench.num_frames=25"]`` as checked options. Raises ConfigError."""
-    values = {key.removeprefix("bench."): value for key, value in parse_overrides(overrides).items()}
+    values = {key.removeprefix(f"{group}."): value for key, value in parse_overrides(overrides).items()}
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchConfig), values))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except (OmegaConfBaseException, ValueError) as error:
         message, key = str(error).splitlines()[0], getattr(error, "full_key", None)
-        where = f"bench.{key}: " if key else "bench.sizes: " if "ListConfig" in message else "bench: "
-        raise ConfigError(message if message.startswith("bench.") else f"{where}{message}") from None
+        where = f"{group}.{key}: " if key else f"{group}.sizes: " if "ListConfig" in message else f"{group}: "
+        raise ConfigError(message if message.startswith(f"{group}.") else f"{where}{message}") from None
+
+
+def find_device(wanted: str, group: str = "bench") -> str:
+    """``cpu`` or ``cuda`` for an option that may be ``auto``. Raises ConfigError where there is no such device."""
+    device = wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{group}.device=cuda, but there is no CUDA device; {group}.device=cpu measures the CPU")
+    return device
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -145,12 +153,10 @@ class Decoder:
 def bench(name: str, overrides: tuple[str, ...], config: BenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what the JSON file holds."""
     _check_length(build_space(load(name, overrides)).stride_t, config)  # a typo is refused before anything is built
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("bench.device=cuda, but there is no CUDA device; bench.device=cpu measures the CPU")
+    device = find_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    arithmetic, rates = _arithmetic(device, config)
+    arithmetic, rates = choose_arithmetic(device, config)
     shared = dict(
         device=device,
         dtype=config.dtype,
@@ -189,7 +195,7 @@ def bench(name: str, overrides: tuple[str, ...], config: BenchConfig) -> dict[st
     }
 
 
-def _arithmetic(device: str, config: BenchConfig) -> tuple[str, dict[str, float]]:
+def choose_arithmetic(device: str, config: Any) -> tuple[str, dict[str, float]]:
     """In what linear layers and convolutions compute, and the measured rates that decided it."""
     if config.dtype == "fp32" or device == "cuda":
         return config.dtype, {}

@@ -90,7 +90,7 @@ def remember(x: Tensor, frames: int) -> Tensor:
 def per_frame(function: Any, x: Tensor) -> Tensor:
     """Apply a function of images "(b t) c h w" to a video "b c t h w"."""
     b, _, t, _, _ = x.shape
-    if b == 1:  # a view of one axis as two would give axes of length 1 strides that convolutions take for another layout
-        return function(x[0].transpose(0, 1)).unsqueeze(0).transpose(1, 2)
+    if t == 1:  # to view one axis as two gives that of length 1 a stride that convolutions take for another layout
+        return function(x[:, :, 0]).unsqueeze(2)
     frames = x.transpose(1, 2).flatten(0, 1)  # no copy where channels are last in memory
     return function(frames).unflatten(0, (b, t)).transpose(1, 2)

@@ -63,10 +63,16 @@ class BaselineConfig:
     mean: list[float] | None = None  # of what the encoder gives, once frozen; null: 0 and 1
     std: list[float] | None = None
     checkpointing: bool = False  # recompute blocks in the backward pass
+    start: Literal["random", "linear"] = "random"  # linear: a computed codec (linear_start.py); needs train_encoder
+    skeleton: bool = False  # without residual branches: the linear path alone is trained and run
 
     def __post_init__(self) -> None:
         if len(self.dim_mult) < 1 or min(self.dim_mult) < 1:
             raise ValueError(f"decoder.dim_mult={list(self.dim_mult)} needs at least one width, all 1 or more")
+        if self.start == "linear" and not self.train_encoder:
+            raise ValueError(
+                "decoder.start=linear makes encoder and decoder together: it needs decoder.train_encoder=true"
+            )
         self.layout(1, 1, self.patch * 2 ** (len(self.dim_mult) - 1))  # refuses what no space can save
 
     def layout(self, channels: int, stride_t: int, stride_hw: int) -> WanConfig:

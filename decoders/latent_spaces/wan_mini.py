@@ -1,0 +1,144 @@
+"""wan_mini: a small trained video autoencoder that comes with the code, in Wan 2.1's layout (16 channels, 4 x 8 x 8).
+
+Base width 24 instead of 96. Weights, how they were made and what they reach: ``wan_mini_weights/README.md``. The
+folder holds what diffusers calls its weights, in two files; ``save_diffusers`` writes the one-file folder that
+``AutoencoderKLWan.from_pretrained`` reads.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from decoders.backbones import wan_weights
+from decoders.backbones.wan import WanConfig, WanDecoder, WanEncoder
+from decoders.latent_spaces.base import LatentSpace, hash_parts
+from decoders.latent_spaces.learned import draw
+from losses.kl import LOG_VARIANCE_RANGE
+
+FOLDER = Path(__file__).parent / "wan_mini_weights"
+CONFIG, ENCODER, DECODER = "config.json", "encoder.safetensors", "decoder.safetensors"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class WanMiniConfig:
+    """Nothing to choose: the weights are those in the repository."""
+
+
+class WanMini(LatentSpace):
+    """The frozen space. The encoder is read when it is first needed, computes in float32 and follows the video's device.
+
+    Clips are encoded one at a time and four frames at a time, so memory does not grow with their length.
+    """
+
+    Config = WanMiniConfig
+    name = "wan_mini"
+    causal = True
+
+    def __init__(self, config: WanMiniConfig | None = None) -> None:
+        self.config = config or WanMiniConfig()
+        self.layout = load_config()
+        self.channels, self.stride_t, self.stride_hw = self.layout.channels, self.layout.stride_t, self.layout.stride_hw
+        self._encoder: WanEncoder | None = None
+        self._decoder: WanDecoder | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the encoder's weights, the strides and the statistics."""
+        return _fingerprint()
+
+    def require(self) -> None:
+        missing = [name for name in (CONFIG, ENCODER, DECODER) if not (FOLDER / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{FOLDER} lacks {', '.join(missing)}, which belong to the repository: check it out again"
+            )
+
+    def _encode(
+        self, video: Float[Tensor, "b 3 t h w"], sample: bool, generator: torch.Generator | None
+    ) -> Float[Tensor, "b c n y x"]:
+        if self._encoder is None:
+            self._encoder = load_encoder()
+        encoder = self._encoder.to(video.device)
+        latents = []
+        for clip in video.float().split(1):
+            mean, log_variance = encoder.encode_in_chunks(clip)
+            if sample:
+                mean = draw(mean, log_variance.clamp(*LOG_VARIANCE_RANGE), generator)
+            latents.append(mean)
+        shift, scale = (
+            torch.tensor(values, device=video.device).view(-1, 1, 1, 1)
+            for values in (self.layout.mean, self.layout.std)
+        )
+        return (torch.cat(latents) - shift) / scale
+
+    @torch.no_grad()
+    def decode(self, latent: Float[Tensor, "b c n y x"]) -> Float[Tensor, "b 3 t h w"]:
+        """The space's own decoder: RGB clamped to [-1, 1], float32, one latent frame at a time."""
+        if self._decoder is None:
+            self._decoder = load_decoder().requires_grad_(False)
+        with torch.autocast(latent.device.type, enabled=False):
+            return self._decoder.to(latent.device).decode(latent.float())
+
+
+def load_config() -> WanConfig:
+    """Layout and statistics of the weights in the repository."""
+    return wan_weights.config_of(json.loads((FOLDER / CONFIG).read_text()))
+
+
+def load_encoder() -> WanEncoder:
+    """The trained encoder, float32, frozen. It gives latents that are not normalised yet, as all ``WanEncoder`` do."""
+    encoder = wan_weights.fill(WanEncoder(load_config()), load_file(FOLDER / ENCODER), FOLDER / ENCODER)
+    return encoder.requires_grad_(False).eval()
+
+
+def load_decoder() -> WanDecoder:
+    """The trained decoder with the statistics of its latents, float32: a teacher or a start for fine-tuning."""
+    return wan_weights.fill(WanDecoder(load_config()), load_file(FOLDER / DECODER), FOLDER / DECODER)
+
+
+def save(
+    folder: Path,
+    encoder: WanEncoder,
+    decoder: WanDecoder,
+    mean: list[float],
+    std: list[float],
+    about: Mapping[str, str],
+) -> None:
+    """Write the three files of ``FOLDER``, weights in bfloat16; ``about`` goes into their metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = wan_weights.to_config(decoder.config)
+    config |= {"latents_mean": mean, "latents_std": std}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    for name, half in ((ENCODER, encoder), (DECODER, decoder)):
+        save_file(_stored(half), folder / name, {"format": "pt", **about})
+        (folder / name).chmod(0o644)
+
+
+def save_diffusers(folder: str | Path) -> Path:
+    """Write the folder that ``diffusers.AutoencoderKLWan.from_pretrained`` reads, and return it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text((FOLDER / CONFIG).read_text())
+    both = load_file(FOLDER / ENCODER) | load_file(FOLDER / DECODER)
+    save_file(both, folder / DIFFUSERS_WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def _stored(half: nn.Module) -> dict[str, Tensor]:
+    return {k: v.to(torch.bfloat16).contiguous() for k, v in wan_weights.to_diffusers(half).items()}
+
+
+@cache
+def _fingerprint() -> str:
+    config = load_config()
+    shape = {"stride_t": config.stride_t, "stride_hw": config.stride_hw, "mean": config.mean, "std": config.std}
+    return hash_parts("wan_mini", shape, tensors=load_file(FOLDER / ENCODER))

@@ -140,10 +140,10 @@ class FlashVaed(VideoDecoder):
         steps = calibrate_ltx if isinstance(self.model, LTXStudent) else calibrate
         statistics = self._everyones(steps.gather(teacher, clips, config.positions, config.seed))
         student = self.model.to(device)
-        before = self._closeness(student, teacher, clips)
+        before = self._closeness(student, teacher, clips[:1])
         selections = steps.choose(student, teacher, statistics, config)
         steps.initialise(student, teacher, statistics, selections, config.refit)
-        after = self._closeness(student, teacher, clips)
+        after = self._closeness(student, teacher, clips[:1])
         report = (
             f"{len(clips) * self.trainer.world_size} calibration batches, {config.method}, "
             f"{'re-fitted' if config.refit else 'sliced'}\n{steps.pruning_report(student, teacher, selections)}\n"

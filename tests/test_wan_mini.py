@@ -125,6 +125,15 @@ def test_encodes_and_decodes(space, frames):
     assert torch.equal(*drawn) and not torch.equal(drawn[0], latent)
 
 
+def test_bfloat16_is_nearly_the_same(space):
+    video, half = clip(9), WanMini(wan_mini.WanMiniConfig("bfloat16"))
+    exact, rounded = space.encode(video), half.encode(video)
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert (exact - rounded).std() < 0.02 * exact.std()
+    assert abs(psnr(half.decode(rounded), video) - psnr(space.decode(exact), video)) < 0.1
+    assert half.fingerprint == space.fingerprint
+
+
 def test_fingerprint_is_of_the_weights(space, monkeypatch):
     assert space.fingerprint == WanMini().fingerprint
     changed = load_file(FOLDER / wan_mini.ENCODER)

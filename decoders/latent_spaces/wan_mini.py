@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,11 +30,13 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @dataclass
 class WanMiniConfig:
-    """Nothing to choose: the weights are those in the repository."""
+    """The weights are those in the repository; only how they are computed with is a choice."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of encoding and decoding; bfloat16 is what short runs on a CPU want
 
 
 class WanMini(LatentSpace):
-    """The frozen space. The encoder is read when it is first needed, computes in float32 and follows the video's device.
+    """The frozen space. The encoder is read when it is first needed and follows the video's device.
 
     Clips are encoded one at a time and four frames at a time, so memory does not grow with their length.
     """
@@ -67,10 +69,10 @@ class WanMini(LatentSpace):
     ) -> Float[Tensor, "b c n y x"]:
         if self._encoder is None:
             self._encoder = load_encoder()
-        encoder = self._encoder.to(video.device)
+        encoder = self._encoder.to(video.device, self._dtype)
         latents = []
         for clip in video.float().split(1):
-            mean, log_variance = encoder.encode_in_chunks(clip)
+            mean, log_variance = (moment.float() for moment in encoder.encode_in_chunks(clip))
             if sample:
                 mean = draw(mean, log_variance.clamp(*LOG_VARIANCE_RANGE), generator)
             latents.append(mean)
@@ -82,11 +84,15 @@ class WanMini(LatentSpace):
 
     @torch.no_grad()
     def decode(self, latent: Float[Tensor, "b c n y x"]) -> Float[Tensor, "b 3 t h w"]:
-        """The space's own decoder: RGB clamped to [-1, 1], float32, one latent frame at a time."""
+        """The space's own decoder: RGB clamped to [-1, 1], one latent frame at a time."""
         if self._decoder is None:
             self._decoder = load_decoder().requires_grad_(False)
         with torch.autocast(latent.device.type, enabled=False):
-            return self._decoder.to(latent.device).decode(latent.float())
+            return self._decoder.to(latent.device, self._dtype).decode(latent.float()).float()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.dtype)
 
 
 def load_config() -> WanConfig:

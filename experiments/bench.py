@@ -152,7 +152,9 @@ class Decoder:
 
 def bench(name: str, overrides: tuple[str, ...], config: BenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what the JSON file holds."""
-    _check_length(build_space(load(name, overrides)).stride_t, config)  # a typo is refused before anything is built
+    space = build_space(load(name, overrides))  # a typo is refused before anything is built
+    for stride_t, causal in {(space.stride_t, space.causal)} | ({(4, True)} if config.peers else set()):
+        check_length("bench", config.num_frames, stride_t, causal)
     device = find_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -203,14 +205,15 @@ def choose_arithmetic(device: str, config: Any) -> tuple[str, dict[str, float]]:
     return max(rates, key=rates.get) if config.arithmetic == "auto" else config.arithmetic, rates
 
 
-def _check_length(stride_t: int, config: BenchConfig) -> None:
-    for stride in {stride_t} | ({4} if config.peers else set()):
-        if over := (config.num_frames - 1) % stride:
-            near = config.num_frames - over
-            raise ConfigError(
-                f"bench.num_frames={config.num_frames}: a clip to decode has 1 + {stride}k frames; "
-                f"the nearest are {near} and {near + stride}"
-            )
+def check_length(command: str, num_frames: int, stride_t: int, causal: bool) -> None:
+    """Raise ConfigError, naming the nearest, unless a latent space of this stride has clips of ``num_frames``."""
+    first = 1 if causal else stride_t
+    if over := (num_frames - first) % stride_t:
+        near = max(num_frames - over, first)
+        raise ConfigError(
+            f"{command}.num_frames={num_frames}: a clip to decode has {'1 + ' if causal else ''}{stride_t}k frames; "
+            f"the nearest are {near} and {near + stride_t}"
+        )
 
 
 def _measure_size(decoders: list[Decoder], config: BenchConfig, size: tuple[int, int]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class Bench:
     @torch.no_grad()
     def prepare(self, batch_size: int, num_frames: int, size: tuple[int, int]) -> dict[str, Any]:
         """Make the latents of a size in pixels, warm up, count operations, and settle on the faster layout."""
-        n = 1 + (num_frames - 1) // self.stride_t
+        n = -(-num_frames // self.stride_t)
         shape = (batch_size, self.channels, n, *(side // self.stride_hw for side in size))
         # From a CPU generator: decoders of one latent space get the same numbers, on any device.
         latent = torch.randn(shape, generator=torch.Generator().manual_seed(0))

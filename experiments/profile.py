@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoders.backbones.staged import StagedDecoder
-from experiments.bench import choose_arithmetic, device_name, find_device, options
+from experiments.bench import check_length, choose_arithmetic, device_name, find_device, options
 from experiments.bench_worker import DTYPES, LAYOUTS, Float32Arithmetic
 from experiments.compose import ConfigError, run_cli
 from experiments.config import build_decoder, build_space, load
@@ -97,15 +97,11 @@ def profile(name: str, overrides: tuple[str, ...], config: ProfileConfig) -> dic
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(0)
+    space = build_space(load(name, overrides))
+    check_length("profile", config.num_frames, space.stride_t, space.causal)
     models = build(name, overrides, config)
     model = next(iter(models.values()))
-    n = 1 + (config.num_frames - 1) // model.stride_t
-    if (n - 1) * model.stride_t + 1 != config.num_frames:
-        near = 1 + (n - 1) * model.stride_t
-        raise ConfigError(
-            f"profile.num_frames={config.num_frames}: a clip to decode has 1 + {model.stride_t}k frames; the nearest are "
-            f"{near} and {near + model.stride_t}"
-        )
+    n = -(-config.num_frames // model.stride_t)
     arithmetic, rates = choose_arithmetic(device, config)
     for each in models.values():
         prepare(each, torch.device(device), DTYPES[config.dtype])

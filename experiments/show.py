@@ -143,7 +143,7 @@ def latent_shape(experiment: Experiment, decoder: Any, stream: Any) -> tuple[int
     space, multiple = decoder.latent_space, decoder.size_multiple
     frames, (height, width) = stream.total_frames, stream.size
     if experiment.pad == "replicate":
-        frames += (1 - frames) % space.stride_t
+        frames += (int(space.causal) - frames) % space.stride_t
         height, width = height + -height % multiple, width + -width % multiple
     return space.latent_frames(frames), height // space.stride_hw, width // space.stride_hw
 

@@ -77,6 +77,8 @@ def test_padding_repeats_the_edges():
     torch.testing.assert_close(padded[:, :, 8, :20, :31], video[:, :, 5])
     torch.testing.assert_close(padded[:, :, 3, 31, 31], video[:, :, 3, 19, 30])
     assert pad_to_valid(padded, 4, 16) is padded
+    assert pad_to_valid(video, 4, 16, causal=False).shape == (1, 3, 8, 32, 32)
+    assert pad_to_valid(video[:, :, :4], 4, 1, causal=False).shape[2] == 4
 
 
 def test_fingerprints_tell_spaces_apart():
@@ -172,6 +174,10 @@ def test_dc_decode_is_one_colour_per_cell():
     torch.testing.assert_close(flat[:, :, 0, :16, :16], image[..., None, None].expand(-1, -1, 16, 16))
     cell = video[:, :, 1:5, 16:, 32:].mean((2, 3, 4))
     torch.testing.assert_close(flat[:, :, 1:5, 16:, 32:], cell[..., None, None, None].expand(-1, -1, 4, 16, 16))
+    whole = dc_decode(video[:, :, :8], 4, 16, causal=False)  # no frame is by itself
+    assert whole.shape[2] == 8
+    cell = video[:, :, :4, :16, :16].mean((2, 3, 4))
+    torch.testing.assert_close(whole[:, :, :4, :16, :16], cell[..., None, None, None].expand(-1, -1, 4, 16, 16))
 
 
 def test_no_gradients_and_nothing_to_save():

@@ -109,16 +109,19 @@ class LatentSpace(ABC):
         return f"{t} frames: the {self.name} space encodes clips of {rule} frames; the nearest is {near}"
 
 
-def pad_to_valid(video: Float[Tensor, "b 3 t h w"], stride_t: int, multiple: int) -> Float[Tensor, "b 3 t2 h2 w2"]:
-    """Repeat the last frame, the bottom row and the right column until a causal space can encode the clip.
+def pad_to_valid(
+    video: Float[Tensor, "b 3 t h w"], stride_t: int, multiple: int, causal: bool = True
+) -> Float[Tensor, "b 3 t2 h2 w2"]:
+    """Repeat the last frame, the bottom row and the right column until a space can encode the clip.
 
     Args:
         video: any range.
-        stride_t: the length becomes ``1 + k * stride_t``.
+        stride_t: the length becomes ``1 + k * stride_t``, or with ``causal=False`` ``k * stride_t``.
         multiple: height and width become multiples of this many pixels.
+        causal: as the space's.
     """
     t, h, w = video.shape[2:]
-    extra = ((1 - t) % stride_t, -h % multiple, -w % multiple)
+    extra = ((int(causal) - t) % stride_t, -h % multiple, -w % multiple)
     if not any(extra):
         return video
     return F.pad(video, (0, extra[2], 0, extra[1], 0, extra[0]), mode="replicate")

@@ -112,15 +112,17 @@ class DCT(LatentSpace):
 
 
 @torch.no_grad()
-def dc_decode(video: Float[Tensor, "b 3 t h w"], stride_t: int, stride_hw: int) -> Float[Tensor, "b 3 t h w"]:
-    """One colour per cell of ``stride_t x stride_hw x stride_hw`` pixels; the first frame has cells of its own.
+def dc_decode(
+    video: Float[Tensor, "b 3 t h w"], stride_t: int, stride_hw: int, causal: bool = True
+) -> Float[Tensor, "b 3 t h w"]:
+    """One colour per cell of ``stride_t x stride_hw x stride_hw`` pixels; with ``causal`` the first frame has its own.
 
     The row that shows whether a decoder learnt more than the cells' means. The size must be a multiple of
-    ``stride_hw`` and the length ``1 + k * stride_t``.
+    ``stride_hw`` and the length ``1 + k * stride_t``, or ``k * stride_t`` without ``causal``.
     """
-    cells = _to_cells(video.float(), stride_t, stride_hw)
+    cells = _to_cells(video.float(), stride_t, stride_hw, causal)
     cells = rearrange(cells, "b n y x (k p) -> b n y x k p", k=3)
-    return _from_cells(cells.mean(-1, keepdim=True).expand_as(cells).flatten(-2), stride_t, stride_hw)
+    return _from_cells(cells.mean(-1, keepdim=True).expand_as(cells).flatten(-2), stride_t, stride_hw, causal)
 
 
 def kept_coefficients(channels: int, stride_t: int, stride_hw: int) -> tuple[Tensor, Tensor]:
@@ -162,15 +164,18 @@ def dct_matrix(n: int) -> Float[Tensor, "n n"]:
     return rows
 
 
-def _to_cells(video: Tensor, stride_t: int, stride_hw: int) -> Float[Tensor, "b n y x p"]:
-    """Groups of frames cut into cells, each flattened as (colour, t, h, w); group 0 is the first frame, repeated."""
-    first = repeat(video[:, :, :1], "b k 1 h w -> b k u h w", u=stride_t - 1)
-    video = torch.cat([first, video], dim=2)
+def _to_cells(video: Tensor, stride_t: int, stride_hw: int, causal: bool = True) -> Float[Tensor, "b n y x p"]:
+    """Groups of frames cut into cells, each flattened as (colour, t, h, w); ``causal``: the first, repeated, is group 0."""
+    if causal:
+        first = repeat(video[:, :, :1], "b k 1 h w -> b k u h w", u=stride_t - 1)
+        video = torch.cat([first, video], dim=2)
     return rearrange(video, "b k (n u) (y i) (x j) -> b n y x (k u i j)", u=stride_t, i=stride_hw, j=stride_hw)
 
 
-def _from_cells(cells: Float[Tensor, "b n y x p"], stride_t: int, stride_hw: int) -> Float[Tensor, "b 3 t h w"]:
-    """The inverse of :func:`_to_cells`: of group 0 the last frame stays, as the others were its copies."""
+def _from_cells(
+    cells: Float[Tensor, "b n y x p"], stride_t: int, stride_hw: int, causal: bool = True
+) -> Float[Tensor, "b 3 t h w"]:
+    """The inverse of :func:`_to_cells`: of a causal group 0 the last frame stays, as the others were its copies."""
     pattern = "b n y x (k u i j) -> b k (n u) (y i) (x j)"
     video = rearrange(cells, pattern, k=3, u=stride_t, i=stride_hw, j=stride_hw)
-    return video[:, :, stride_t - 1 :].contiguous()
+    return video[:, :, stride_t - 1 if causal else 0 :].contiguous()

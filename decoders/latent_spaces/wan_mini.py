@@ -32,7 +32,9 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 class WanMiniConfig:
     """The weights are those in the repository; only how they are computed with is a choice."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of encoding and decoding; bfloat16 is what short runs on a CPU want
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of encoding and decoding; bfloat16 is what short runs on a CPU want
+    )
 
 
 class WanMini(LatentSpace):

@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := start
-.PHONY: start train list show evaluate bench profile tb test test-slow test-gpu lint flash-attn setup help
+.PHONY: start train list show evaluate decode bench profile tb test test-slow test-gpu lint flash-attn setup help
 PORT ?= 6006
 RUNS_ROOT ?= runs
 # Capitals are environment variables, which make hands on by itself.
@@ -44,6 +44,10 @@ show: $(venv) ## What a run would be, without running it: make show exp=NAME (co
 evaluate: $(venv) ## Score a trained experiment on its validation clips: make evaluate exp=NAME
 	$(need_exp)
 	@$(python) -m experiments.evaluate $(call quote,$(exp)) $(overrides)
+
+decode: $(venv) ## Saved latents to mp4 with a run's weights: make decode exp=NAME in=FOLDER out=FOLDER
+	$(need_exp)
+	@$(python) -m experiments.decode $(call quote,$(exp)) $(overrides)
 
 bench: $(venv) ## Speed and memory of decoding, beside its peers: make bench exp=NAME
 	$(need_exp)

@@ -11,7 +11,8 @@ Axis legend, used by every shape in the project:
 
 RGB is float in [-1, 1]; uint8 exists only at the file's edge. Latents are normalised, ``(z - mean) / std`` with the
 space's own statistics, as a latent diffusion model emits them. In a causal space of temporal stride ``s`` a clip of
-``n`` latent frames has ``t = 1 + (n - 1) * s`` pixel frames, so an image is a clip of one frame.
+``n`` latent frames has ``t = 1 + (n - 1) * s`` pixel frames, so an image is a clip of one frame; in one that is not
+causal (``LatentSpace.causal``) ``t = n * s``.
 """
 
 from typing import NotRequired, TypedDict
@@ -23,13 +24,15 @@ from torch import Tensor
 class VideoBatch(TypedDict):
     """What a datamodule yields and every decoder reads. At least one of ``video`` and ``latent`` is present.
 
-    There is no mode flag: what is in the batch says what it is. A family that has no use for a key ignores it.
+    There is no mode flag: what is in the batch says what it is. A family that has no use for a key ignores it. Clips of
+    films and images have a video alone; saved latents of a diffusion model have ``latent`` and ``reference`` and no target;
+    triples have ``video``, ``source`` and ``reference``.
     """
 
     video: NotRequired[Float[Tensor, "b 3 t h w"]]  # the target
     source: NotRequired[Float[Tensor, "b 3 t h w"]]  # what is encoded; absent: video
     latent: NotRequired[Float[Tensor, "b c n y x"]]  # absent: encode(source)
-    reference: NotRequired[Float[Tensor, "b 3 r h w"]]
+    reference: NotRequired[Float[Tensor, "b 3 r h w"]]  # images to look at, in [-1, 1], at the clip's size
     mask: NotRequired[Float[Tensor, "b 1 t h w"]]  # pixels that count, 0 or 1
     supervised: NotRequired[Bool[Tensor, "b t"]]  # frames that have a target
     key: list[str]  # where each clip came from: tables, seeds, quarantine

@@ -6,19 +6,24 @@ streams.py     which clips fit a size          plan.py        which clips make u
 reader.py      from a request to pixels        transforms.py  resizing and cropping
 loaders.py     workers and batches             quarantine.py  files that could not be read
 procedural.py  films without files             samples.py     the real clips that a Python package ships
+latents.py     saved latents, their formats    triples.py     input, style image, target
+stills.py      images, and references
 """
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxtyping import Float
 from lightning import LightningDataModule
+from torch import Tensor
 
 from datamodules.config import ClipDataConfig, StreamConfig
 from datamodules.index import SourceIndex, build_index
 from datamodules.loaders import TrainLoader, ValLoader, ValWorkers
 from datamodules.plan import MixturePlan, Position, validation_batches
 from datamodules.quarantine import Quarantine
+from datamodules.reader import ClipReader, ClipRequest
 from datamodules.streams import Stream
 
 log = logging.getLogger(__name__)
@@ -62,6 +67,7 @@ class ClipData(LightningDataModule):
         self._quarantine: Quarantine | None = None
         self._plan: MixturePlan | None = None
         self._val_loaders: list[ValLoader] | None = None
+        self._val_requests: list[list[ClipRequest]] | None = None
         if frame_rule is not None:
             self._check_shapes(frame_rule)
 
@@ -132,6 +138,20 @@ class ClipData(LightningDataModule):
         return self._indexes[source]
 
     @property
+    def latent_spaces(self) -> dict[str, dict[str, int]]:
+        """Which latent spaces the files of training streams with saved latents name, and how many files name each.
+
+        ``data.sources.<name>`` -> {fingerprint or name: files}; "" stands for files that name none. Who trains on them
+        compares this with the space of the run, before any step.
+        """
+        found = {}
+        for stream in self.streams("train").values():
+            for index in stream.sources:
+                if index.spaces:
+                    found[f"data.sources.{index.name}"] = dict(index.spaces)
+        return found
+
+    @property
     def plan(self) -> MixturePlan:
         """Which clips make up which training batch."""
         if self._plan is None:
@@ -144,7 +164,7 @@ class ClipData(LightningDataModule):
                         "data.train.%s has %d clips, but had %d when this run was saved: files came or went, so "
                         "from here on its order is another one", name, len(streams[name]), num,
                     )  # fmt: skip
-            self._plan = MixturePlan(streams, self.seed, self.world_size, self.config.max_bad_share)
+            self._plan = MixturePlan(streams, self.seed, self.world_size, self.config.max_bad_share, self.config.order)
         return self._plan
 
     def train_dataloader(self) -> TrainLoader:
@@ -164,6 +184,25 @@ class ClipData(LightningDataModule):
             workers = ValWorkers(self.config)
             self._val_loaders = [ValLoader(workers, streams[name], batches[name]) for name in batches]
         return self._val_loaders
+
+    def another_clip(self, key: str) -> Float[Tensor, "3 t h w"]:
+        """A validation clip of another file than the one of ``key``, RGB in [-1, 1]: a wrong reference, as a control.
+
+        The next file of the same stream, else of the others; the same on every rank and in every run. Raises ValueError
+        where all validation clips are of one file.
+        """
+        if self._val_requests is None:
+            streams = self.streams("val").values()
+            self._val_requests = [[stream.request(i, None) for i in range(len(stream))] for stream in streams]
+        own = key.rpartition("#")[0]
+        for requests in sorted(self._val_requests, key=lambda some: all(request.name != own for request in some)):
+            others = {request.name: request for request in reversed(requests) if request.name != own}
+            if others:
+                after = sorted(others, key=lambda name: (name < own, name))  # in turn, so that not all get the same
+                return ClipReader(self.config.verify).read(others[after[0]]).tensors["video"]
+        raise ValueError(
+            f"data.val: all clips are of one file, {own}: there is no other to take a wrong reference from"
+        )
 
     def batch_consumed(self) -> None:
         """Move the position on by one training batch. Called once per batch that training has finished."""

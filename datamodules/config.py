@@ -6,6 +6,8 @@
         k600:   {path: "$DATA_ROOT/k600"}          # a folder (searched recursively), a file, a glob, or a .csv list
         images: {path: "$DATA_ROOT/datacomp.csv", kind: image}
         motion: {kind: procedural, num_videos: 64} # moving textured shapes, drawn when needed, no files
+        i2v:    {path: "$DATA_ROOT/i2v", kind: latent, strides: [4, 8]}   # saved latents: datamodules/latents.py
+        styles: {path: "$DATA_ROOT/styles.csv", kind: triple}             # input, style, target: datamodules/triples.py
       train:                                       # name -> stream; every batch comes from one stream, so it has one size
         video_480p: {sources: [k600], size: [480, 832], num_frames: 17, share: 0.8, batch_size: 1,
                      crop: {center: 0.6, random: 0.4}}
@@ -21,8 +23,13 @@ names a file inside an installed Python package, found without importing it. A `
 height (and num_frames and fps for videos) in the list a file is not opened before it is read, which is what makes a list
 of 12.8 million images start at once. Other files are opened once, and what was found is kept in ``cache_dir``.
 
+Saved latents (``kind: latent``) make streams of {latent, reference, key} without a video, for training only. ``size`` and
+``num_frames`` are those of the pixels that they stand for: files of another size, or shorter, are left out and counted; of
+longer ones the first frames are used. Triples (``kind: triple``) make streams of {video, source, reference, key}.
+
 Sizes are ``[height, width]`` in pixels. A batch size is per process: eight GPUs with ``batch_size: 1`` make batches of 8.
 Shares of the training streams sum to 1 (8:2 is 0.8 and 0.2), and so do the crop probabilities of a stream.
+``order: alternate`` takes the streams in turn, batch by batch, in the order in which they are named, in place of shares.
 A file that is too small, too short or too slow for a stream is left out of that stream and counted; nothing is ever
 enlarged, slowed down or padded to fit. ``make show`` prints the counts.
 """
@@ -43,7 +50,7 @@ class SourceConfig:
     """Files of one kind. See the module's docstring for what ``path`` may be."""
 
     path: str = ""
-    kind: Literal["video", "image", "procedural"] = "video"
+    kind: Literal["video", "image", "procedural", "latent", "triple"] = "video"
     exclude: list[str] = field(default_factory=list)
     """Patterns (``*distorted*``) on the path below the source's folder; what matches is not used."""
     span: tuple[float, float] = (0.0, 1.0)
@@ -60,10 +67,14 @@ class SourceConfig:
     """Procedural only: nominal frame rate."""
     seed: int = 0
     """Procedural only: another seed gives other films."""
+    strides: tuple[int, int] = (4, 8)
+    """Latent only: pixel frames per latent frame and pixels per latent pixel, as in Wan 2.1."""
+    causal: bool = True
+    """Latent only: n latent frames are 1 + (n - 1) * stride pixel frames; otherwise n * stride."""
 
     def __post_init__(self) -> None:
         low, high = self.span = tuple(self.span)
-        self.size = tuple(self.size)
+        self.size, self.strides = tuple(self.size), tuple(self.strides)
         if self.kind != "procedural" and not self.path:
             raise ValueError("a source needs path: a folder, a file, a glob, a .csv list or package:NAME/FILE")
         if self.kind == "procedural" and self.path:
@@ -75,6 +86,20 @@ class SourceConfig:
         for name in ("clips_per_video", "num_videos", "num_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.strides) < 1:
+            raise ValueError(f"strides must be [frames, pixels] per latent, both at least 1, got {list(self.strides)}")
+
+    def pixel_frames(self, n: int) -> int:
+        """Pixel frames of ``n`` latent frames."""
+        return 1 + (n - 1) * self.strides[0] if self.causal else n * self.strides[0]
+
+    def latent_frames(self, t: int) -> int:
+        """Latent frames of ``t`` pixel frames. Raises ValueError for a length that has none."""
+        n = (t - 1) // self.strides[0] + 1 if self.causal else t // self.strides[0]
+        if n < 1 or self.pixel_frames(n) != t:
+            near = " or ".join(str(self.pixel_frames(k)) for k in (max(n, 1), max(n, 1) + 1))
+            raise ValueError(f"{t} frames are no number of latent frames; the nearest are {near}")
+        return n
 
 
 @dataclass
@@ -119,6 +144,8 @@ class StreamConfig:
     """Target frame rate in frames per second: the nearest frames are taken. None: native. Slower films are left out."""
     extend: tuple[int, int] = (0, 0)
     """Frames [before, after] the window that are delivered too; ``supervised`` of the batch is false for them."""
+    still: bool = False
+    """Every clip is its first frame, repeated: what a decoder makes of video in which nothing moves."""
     num_clips: int | None = None
     """Use only so many clips of the stream, spread evenly over it."""
 
@@ -139,6 +166,8 @@ class StreamConfig:
             raise ValueError(f"fps must be positive, or null for the native rate, got {self.fps}")
         if self.num_clips is not None and self.num_clips < 1:
             raise ValueError(f"num_clips must be at least 1, or null for all, got {self.num_clips}")
+        if self.still and any(self.extend):
+            raise ValueError("still: a clip of one repeated frame has none beside it; leave extend out")
         if self.resize == "keep" and self.batch_size != 1:
             raise ValueError(
                 f"resize: keep gives every clip its own width, so batch_size must be 1, not {self.batch_size}"
@@ -163,6 +192,9 @@ class ClipDataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     train: dict[str, StreamConfig] = field(default_factory=dict)
     val: dict[str, StreamConfig] = field(default_factory=dict)
+    order: Literal["shares", "alternate"] = "shares"
+    """Which training stream a batch comes from. shares: drawn by ``share``. alternate: strictly in turn (A, B, A, B, ...),
+    the same on all ranks; every stream must then have the same ``share``, or none."""
     num_workers: int = 2
     """Decoding processes for training; validation has at most two of its own. 0 decodes in the training process."""
     prefetch: int = 2
@@ -187,10 +219,7 @@ class ClipDataConfig:
         for split, streams in (("train", self.train), ("val", self.val)):
             for name, stream in streams.items():
                 self._check_stream(f"data.{split}.{name}", stream)
-        total = sum(stream.share for stream in self.train.values())
-        if self.train and abs(total - 1.0) > 1e-6:
-            parts = " + ".join(f"{name} {stream.share:g}" for name, stream in self.train.items())
-            raise ValueError(f"the shares of data.train must sum to 1, got {parts} = {total:g}")
+        self._check_shares()
         if not 0.0 <= self.max_bad_share < 1.0:
             raise ValueError(f"max_bad_share must lie in [0, 1), got {self.max_bad_share}")
         if min(self.num_workers, self.prefetch - 1, self.film_cache_gib, self.timeout_s - 1) < 0:
@@ -198,6 +227,18 @@ class ClipDataConfig:
                 "num_workers and film_cache_gib must not be negative, prefetch and timeout_s must be at least 1, got "
                 f"{self.num_workers}, {self.film_cache_gib}, {self.prefetch}, {self.timeout_s}"
             )
+
+    def _check_shares(self) -> None:
+        shares = [stream.share for stream in self.train.values()]
+        parts = [f"{name} {stream.share:g}" for name, stream in self.train.items()]
+        if self.order == "alternate":
+            if shares and (max(shares) - min(shares) > 1e-6 or not max(shares)):
+                raise ValueError(
+                    f"order: alternate takes the streams of data.train in turn, so their shares must be equal, got "
+                    f"{', '.join(parts)}: make them so, leave them out, or set order: shares"
+                )
+        elif shares and abs(sum(shares) - 1.0) > 1e-6:
+            raise ValueError(f"the shares of data.train must sum to 1, got {' + '.join(parts)} = {sum(shares):g}")
 
     def _check_stream(self, where: str, stream: StreamConfig) -> None:
         for source in stream.sources:
@@ -207,4 +248,33 @@ class ClipDataConfig:
                 raise ValueError(
                     f"{where}: source {source!r} holds images, which are clips of one frame: set num_frames: 1 and no "
                     f"extend or fps (now {stream.num_frames}, {list(stream.extend)}, {stream.fps})"
+                )
+        kinds = {self.sources[source].kind for source in stream.sources}
+        odd = sorted(kinds & {"latent", "triple"})
+        if odd and len(kinds) > 1:
+            raise ValueError(
+                f"{where}: its sources are of kinds {', '.join(sorted(kinds))}, but batches with a {odd[0]} hold other things "
+                "than the rest: give each kind a stream of its own"
+            )
+        if "latent" in kinds:
+            self._check_latents(where, stream)
+
+    def _check_latents(self, where: str, stream: StreamConfig) -> None:
+        """A latent is taken as it is; nothing of it can be cut, scaled or compared with a target."""
+        if where.startswith("data.val"):
+            raise ValueError(f"{where}: saved latents have no target to be measured against; use them in data.train")
+        cropped = stream.crop != CropConfig() and stream.crop != CropConfig(center=1.0)
+        if cropped or stream.resize != "crop" or stream.fps is not None or stream.total_frames != stream.num_frames:
+            raise ValueError(
+                f"{where}: a saved latent is used whole, so no crop, resize, fps or extend can be set for its stream"
+            )
+        for name in stream.sources:
+            source = self.sources[name]
+            try:
+                source.latent_frames(stream.num_frames)
+            except ValueError as error:
+                raise ValueError(f"{where}: with strides {list(source.strides)}, {error}") from None
+            if stream.size[0] % source.strides[1] or stream.size[1] % source.strides[1]:
+                raise ValueError(
+                    f"{where}: size {list(stream.size)} is no multiple of {source.strides[1]}, the pixels per latent pixel"
                 )

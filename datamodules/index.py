@@ -5,18 +5,26 @@ import json
 import logging
 import os
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from datamodules.config import SourceConfig
+from datamodules.latents import LatentHeader, find_reference, inspect_latent, load_latent
 from datamodules.probe import BadFile, Info, file_stamp, inspect_image, inspect_video
 from datamodules.sources import File, find_files
+from datamodules.triples import is_image, triple_info
 
 log = logging.getLogger(__name__)
 PROBE_VERSION = 1  # part of the cache's name: raise it when inspect_* learn something
+NUM_LOOKED_AT = 8  # latents of a source whose values are checked before training
+
+
+class NotNormalised(ValueError):
+    """A source's latents are not what a diffusion model emits."""
 
 
 class Names:
@@ -48,6 +56,10 @@ class SourceIndex:
     fps: np.ndarray
     checked: np.ndarray
     bad: list[tuple[str, str]]
+    references: Names | None = None  # latents, triples; of a triple ``paths`` are the targets
+    inputs: Names | None = None  # triples
+    channels: np.ndarray | None = None  # latents
+    spaces: Counter = field(default_factory=Counter)  # latents: how many files name which space; "" names none
 
     def __len__(self) -> int:
         return len(self.width)
@@ -67,7 +79,8 @@ def cache_folder(configured: str | None) -> Path:
 def build_index(name: str, source: SourceConfig, cache_dir: str | None = None, num_threads: int = 8) -> SourceIndex:
     """Find the files of a source and learn their sizes, from the cache where it knows them.
 
-    Opens every other file once, with PyAV or PIL, never with decord. Raises SourceError where nothing is found.
+    Opens every other file once, with PyAV or PIL, never with decord. Raises SourceError where nothing is found, and
+    NotNormalised for latents.
     """
     if source.kind == "procedural":
         n = source.num_videos
@@ -76,15 +89,24 @@ def build_index(name: str, source: SourceConfig, cache_dir: str | None = None, n
         length, rate = np.full(n, source.num_frames, np.int32), np.full(n, source.fps, np.float32)
         return SourceIndex(name, source, labels, labels, width, height, length, rate, np.ones(n, bool), [])
     files = find_files(name, source)
-    results = _probe_all(name, source, files, cache_folder(cache_dir), num_threads)
+    look = _Look(name, source, cache_folder(cache_dir), num_threads)
+    results = {"latent": _latents, "triple": _triples}.get(source.kind, _films)(look, files)
     good, infos, bad = [], [], []
     for file, result in zip(files, results, strict=True):
         if isinstance(result, Info):
             good.append(file)
             infos.append(result)
         else:
-            bad.append((file.path, result))
-    return SourceIndex(
+            bad.append(result)
+    extra = {}  # only where there is something to say: lists of films may be long
+    if source.kind == "latent":
+        extra["references"] = Names([info.reference for info in infos])
+        extra["channels"] = np.array([info.channels for info in infos], np.int32)
+        extra["spaces"] = Counter(info.space for info in infos)
+    if source.kind == "triple":
+        extra["references"] = Names([file.reference for file in good])
+        extra["inputs"] = Names([file.input for file in good])
+    index = SourceIndex(
         name,
         source,
         Names([file.path for file in good]),
@@ -95,43 +117,132 @@ def build_index(name: str, source: SourceConfig, cache_dir: str | None = None, n
         np.array([info.fps for info in infos], np.float32),
         np.array([file.info is None for file in good], bool),
         bad,
+        **extra,
     )
+    if source.kind == "latent":
+        _check_normalised(index)
+    return index
 
 
-def _probe_all(name: str, source: SourceConfig, files: list[File], folder: Path, num_threads: int) -> list[Info | str]:
-    """For every file its Info, or the reason why it is unreadable."""
-    unknown = [file.path for file in files if file.info is None]
-    if not unknown:
-        return [file.info for file in files]
-    digest = hashlib.sha256(f"{PROBE_VERSION}:{source.kind}:{source.path}:{os.getcwd()}".encode()).hexdigest()[:16]
-    store = folder / f"{name}-{digest}.json"
-    known = _load(store)
-    fresh: dict[str, list] = {}
+@dataclass(frozen=True)
+class _LatentInfo(Info):
+    """A latent's file, its size in pixels."""
 
-    def look(path: str) -> Info | str:
-        try:
-            stamp = list(file_stamp(path))
-        except OSError as error:
-            return f"cannot be opened: {error.strerror}"
-        entry = known.get(path)
-        if entry is None or entry[:2] != stamp:
-            entry = fresh[path] = [*stamp, _probe(path, source.kind)]
-        return entry[2] if isinstance(entry[2], str) else Info(*entry[2])
+    reference: str
+    channels: int
+    space: str
 
-    with ThreadPoolExecutor(num_threads) as pool:  # closed before any worker is forked
-        looked = iter(list(pool.map(look, unknown)))
-    if fresh:
-        known.update(fresh)
-        _save(store, {path: known[path] for path in unknown if path in known})
-    return [file.info or next(looked) for file in files]
+
+@dataclass(frozen=True)
+class _Look:
+    """Looks at files, or remembers what it saw."""
+
+    name: str
+    source: SourceConfig
+    folder: Path
+    num_threads: int
+
+    def at(self, paths: list[str], kind: str) -> list[Info | LatentHeader | str]:
+        """For every path what it says about itself, or the reason why it is unreadable."""
+        if not paths:
+            return []
+        source = self.source
+        digest = hashlib.sha256(f"{PROBE_VERSION}:{kind}:{source.path}:{os.getcwd()}".encode()).hexdigest()[:16]
+        store = self.folder / f"{self.name}-{digest}.json"
+        known = _load(store)
+        fresh: dict[str, list] = {}
+
+        def look(path: str) -> Info | LatentHeader | str:
+            try:
+                stamp = list(file_stamp(path))
+            except OSError as error:
+                return f"cannot be opened: {error.strerror}"
+            entry = known.get(path)
+            if entry is None or entry[:2] != stamp:
+                entry = fresh[path] = [*stamp, _probe(path, kind)]
+            if isinstance(entry[2], str):
+                return entry[2]
+            return LatentHeader(*entry[2]) if kind == "latent" else Info(*entry[2])
+
+        with ThreadPoolExecutor(self.num_threads) as pool:  # closed before any worker is forked
+            looked = list(pool.map(look, paths))
+        if fresh:
+            known.update(fresh)
+            _save(store, {path: known[path] for path in paths if path in known})
+        return looked
 
 
 def _probe(path: str, kind: str) -> list | str:
+    inspect = {"image": inspect_image, "latent": inspect_latent}.get(kind, inspect_video)
     try:
-        info = inspect_image(path) if kind == "image" else inspect_video(path)
+        info = inspect(path)
     except BadFile as error:
         return str(error)
-    return [info.width, info.height, info.num_frames, info.fps]
+    return list(astuple(info))
+
+
+Result = Info | tuple[str, str]  # what is known of a file, or (path, reason) of what is wrong with it
+
+
+def _films(look: _Look, files: list[File]) -> list[Result]:
+    looked = iter(look.at([file.path for file in files if file.info is None], look.source.kind))
+    results = [file.info or next(looked) for file in files]
+    return [r if isinstance(r, Info) else (f.path, r) for f, r in zip(files, results, strict=True)]
+
+
+def _latents(look: _Look, files: list[File]) -> list[Result]:
+    headers = look.at([file.path for file in files], "latent")
+    return [_latent(look.source, file, header) for file, header in zip(files, headers, strict=True)]
+
+
+def _latent(source: SourceConfig, file: File, header: LatentHeader | str) -> Result:
+    if isinstance(header, str):
+        return file.path, header
+    height, width = header.rows * source.strides[1], header.columns * source.strides[1]
+    if (header.height or height, header.width or width) != (height, width):
+        return file.path, (
+            f"says it is {header.height}x{header.width} pixels, but {header.rows}x{header.columns} latent pixels are "
+            f"{height}x{width} with strides {list(source.strides)}: set strides of data.sources to those of its space"
+        )
+    reference = file.reference or find_reference(file.path, header.image)
+    if not reference:
+        return file.path, "has no reference image: put NAME.png or NAME.jpg beside NAME, or list both in a .csv"
+    frames = source.pixel_frames(header.frames)
+    return _LatentInfo(width, height, frames, 0.0, reference, header.channels, header.space)
+
+
+def _check_normalised(index: SourceIndex) -> None:
+    """Read a few files, evenly spaced, now: raw latents are a mistake of the whole set, better told before any step."""
+    some = np.unique(np.linspace(0, max(len(index) - 1, 0), NUM_LOOKED_AT).round().astype(int)) if len(index) else []
+    wrong = []
+    for i in some:
+        try:
+            load_latent(index.paths[i])
+        except BadFile as error:
+            wrong += [f"{index.paths[i]}: {error}"] if "not normalised" in str(error) else []
+    if len(wrong) > len(some) / 2:
+        raise NotNormalised(
+            f"data.sources.{index.name}: {len(wrong)} of {len(some)} latents looked at are not normalised, such as {wrong[0]}"
+        )
+
+
+def _triples(look: _Look, files: list[File]) -> list[Result]:
+    paths = list(dict.fromkeys(path for file in files for path in (file.input, file.reference, file.path)))
+    by_kind = {"image": [p for p in paths if is_image(p)], "video": [p for p in paths if not is_image(p)]}
+    seen = {path: info for kind, some in by_kind.items() for path, info in zip(some, look.at(some, kind), strict=True)}
+    results = []
+    for file in files:
+        try:
+            results.append(triple_info(*(_found(seen, path) for path in (file.input, file.reference, file.path))))
+        except BadFile as error:
+            results.append((error.path or file.path, str(error)))
+    return results
+
+
+def _found(seen: dict[str, Info | str], path: str) -> Info:
+    if isinstance(seen[path], str):
+        raise BadFile(seen[path], path)
+    return seen[path]
 
 
 def _load(store: Path) -> dict[str, list]:

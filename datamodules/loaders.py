@@ -35,8 +35,9 @@ def _collate(samples: list) -> dict:
     for sample in samples:
         if isinstance(sample, NoneReadable):
             return {"error": str(sample)}
+    batch = {name: torch.stack([s.tensors[name] for s in samples]) for name in samples[0].tensors}
     return {
-        "batch": {"video": torch.stack([s.video for s in samples]), "key": [s.key for s in samples]},
+        "batch": batch | {"key": [s.key for s in samples]},
         "failures": [failure for s in samples for failure in s.failures],
         "num_replaced": sum(bool(s.failures) for s in samples),
     }

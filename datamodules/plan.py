@@ -1,7 +1,8 @@
 """Which clips make up which training batch: a pure function of the seed and the position, on every rank alike.
 
 The stream of a step: steps come in blocks of 100; each block holds every stream as often as its share says, in an order
-drawn from (seed, block). So 8:2 is 80 and 20 of every 100 steps, not merely on average.
+drawn from (seed, block). So 8:2 is 80 and 20 of every 100 steps, not merely on average. With ``order: alternate`` step s
+draws from stream s mod (number of streams) instead.
 
 The clips of a step: every stream counts the clips that it has handed out on all ranks, its *draws*. Draw d is element
 d mod N of the permutation drawn from (seed, stream, epoch d div N), so an epoch holds each clip once even where a batch
@@ -39,10 +40,18 @@ class Position:
 
 
 class MixturePlan:
-    """The plan for given streams, seed and number of ranks. ``max_bad_share`` sets how many replacements a clip gets."""
+    """The plan for given streams, seed and number of ranks. ``max_bad_share`` sets how many replacements a clip gets,
+    ``order`` (ClipDataConfig.order) which stream a step draws from."""
 
-    def __init__(self, streams: dict[str, Stream], seed: int, world_size: int = 1, max_bad_share: float = 0.05):
-        self.streams, self.seed, self.world_size = streams, seed, world_size
+    def __init__(
+        self,
+        streams: dict[str, Stream],
+        seed: int,
+        world_size: int = 1,
+        max_bad_share: float = 0.05,
+        order: str = "shares",
+    ):
+        self.streams, self.seed, self.world_size, self.order = streams, seed, world_size, order
         self._names = list(streams)
         self._bounds = np.cumsum([stream.config.share for stream in streams.values()])
         # Enough that a tolerated share of bad files never uses all of them up by chance (once in 10^9 clips).
@@ -52,6 +61,8 @@ class MixturePlan:
 
     def stream_at(self, step: int) -> str:
         """Name of the stream that step ``step`` draws from."""
+        if self.order == "alternate":
+            return self._names[step % len(self._names)]
         block = step // BLOCK
         if self._block is None or self._block[0] != block:
             rng = np.random.default_rng([self.seed, 0, block])

@@ -19,7 +19,14 @@ _listening, _num_listening, _level_before = threading.Lock(), 0, None
 
 
 class BadFile(Exception):
-    """The file (or this window of it) cannot be used; the message is the reason, without the path."""
+    """The file (or this window of it) cannot be used; the message is the reason, without the path.
+
+    ``path`` names the file where a clip is made of several; empty: the one that was asked for.
+    """
+
+    def __init__(self, reason: str, path: str = ""):
+        super().__init__(reason)
+        self.path = path
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,18 @@ which of them reads it nor on what was read before.
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
 
+from datamodules.latents import read_clip
 from datamodules.probe import BadFile, check_readable, inspect_video
 from datamodules.procedural import draw_frames
 from datamodules.replay import agrees, read_frames
-from datamodules.transforms import TooSmall, crop_frames, plan_geometry, resize_frames, to_video
+from datamodules.stills import load_image, load_reference
+from datamodules.transforms import TooSmall, cover, crop_frames, plan_geometry, resize_frames, to_video
+from datamodules.triples import check_shapes, is_image
 
 _decord_ran = False  # in this process; ClipData then no longer forks
 
@@ -30,7 +33,7 @@ class ClipRequest:
 
     path: str
     name: str  # stable, machine-independent: "<source>/<path below it>"
-    kind: str  # video, image, procedural
+    kind: str  # SourceConfig.kind
     start: int
     stop: int
     num_frames: int  # of the delivered clip
@@ -42,14 +45,18 @@ class ClipRequest:
     multiple: int = 16
     checked: bool = True  # the container was inspected when the index was made
     film: tuple = ()  # procedural: (seed, number, height, width, fps)
+    latent: tuple = ()  # latent: (c, n, y, x) to be delivered
+    reference: str = ""  # latent, triple: path of the image
+    input: str = ""  # triple: path; ``path`` is the target's
+    still: bool = False  # one frame is read, and repeated
     alternates: tuple["ClipRequest", ...] = field(default=(), repr=False)  # tried in order when this one fails
 
 
 @dataclass
 class Sample:
-    """A clip "3 t h w" in [-1, 1], its key, and what had to be passed over to get it: (path, reason)."""
+    """A clip's tensors by their names in VideoBatch, its key, and what had to be passed over to get it: (path, reason)."""
 
-    video: Tensor
+    tensors: dict[str, Tensor]
     key: str
     failures: list[tuple[str, str]]
     request: ClipRequest
@@ -77,10 +84,10 @@ class ClipReader:
         failures = []
         for candidate in (request, *request.alternates):
             try:
-                video, key = self.read_one(candidate)
-                return Sample(video, key, failures, candidate)
+                tensors, key = self._tensors(candidate)
+                return Sample(tensors, key, failures, candidate)
             except BadFile as error:
-                failures.append((candidate.path, str(error)))
+                failures.append((error.path or candidate.path, str(error)))
         reasons = [f"{path}: {reason}" for path, reason in dict(failures).items()]
         if not request.alternates:
             raise NoneReadable(f"cannot be read: {reasons[0]}")
@@ -88,11 +95,23 @@ class ClipReader:
             f"{len(failures)} clips in a row cannot be read; is the disk still mounted?\n  " + "\n  ".join(reasons)
         )
 
+    def _tensors(self, request: ClipRequest) -> tuple[dict[str, Tensor], str]:
+        if request.kind == "latent":
+            key = f"{request.name}#0@{request.size[0]}x{request.size[1]}x{request.num_frames}"
+            return read_clip(request.path, request.reference, request.latent, request.size), key
+        if request.kind == "triple":
+            return self._read_triple(request)
+        if request.still:
+            video, key = self.read_one(replace(request, num_frames=1, still=False))
+            return {"video": video.expand(-1, request.num_frames, -1, -1).contiguous()}, f"{key}x{request.num_frames}"
+        video, key = self.read_one(request)
+        return {"video": video}, key
+
     def read_one(self, request: ClipRequest) -> tuple[Tensor, str]:
         """The clip and its key. Raises BadFile."""
         try:
             if request.kind == "image":
-                frames, indices = _load_image(request.path), np.zeros(1, int)
+                frames, indices = load_image(request.path), np.zeros(1, int)
                 geometry = _geometry(request, frames.shape[1:3])
                 frames = resize_frames(frames, geometry.resized)
             elif request.kind == "procedural":
@@ -104,8 +123,34 @@ class ClipReader:
                 frames, indices, geometry = self._read_video(request)
         except TooSmall as error:
             raise BadFile(f"smaller than the index says: {error}") from None
-        rate = f"~{request.fps:g}fps" if request.fps else ""
-        return to_video(crop_frames(frames, geometry)), f"{request.name}#{indices[0]}{rate}@{geometry}"
+        return to_video(crop_frames(frames, geometry)), _key(request, indices[0], geometry)
+
+    def _read_triple(self, request: ClipRequest) -> tuple[dict[str, Tensor], str]:
+        """Target and input, cut by one box, and the style image. ``triples.py`` has the rules."""
+        target, first = self._native_frames(request, request.path)
+        given, start = self._native_frames(request, request.input)
+        check_shapes(given.shape[1:3], target.shape[1:3])
+        try:
+            geometry = _geometry(request, target.shape[1:3])
+            cover(given.shape[1:3], geometry.resized if request.resize == "none" else geometry.size)
+        except TooSmall as error:
+            raise BadFile(f"its input is too small: {error}", request.input) from None
+        clips = (to_video(crop_frames(resize_frames(f, geometry.resized), geometry)) for f in (target, given))
+        video, source = (clip.expand(-1, request.num_frames, -1, -1) for clip in clips)  # an image is repeated
+        reference = load_reference(request.reference, geometry.size, "crop")
+        return {"video": video, "source": source, "reference": reference}, _key(request, max(first, start), geometry)
+
+    def _native_frames(self, request: ClipRequest, path: str) -> tuple[np.ndarray, int]:
+        """Frames of one of a triple's files at their own size, uint8 [t, h, w, 3], and the number of the first."""
+        try:
+            if is_image(path):
+                return load_image(path), 0
+            self._check_container(replace(request, path=path))
+            with _Film(path) as film:
+                indices = window_indices(request, film.seconds(request.stop))
+                return film.frames(indices, self.verify), int(indices[0])
+        except BadFile as error:
+            raise BadFile(str(error), path) from None
 
     def _read_video(self, request: ClipRequest):
         self._check_container(request)
@@ -193,20 +238,13 @@ def window_indices(request: ClipRequest, seconds: np.ndarray) -> np.ndarray:
     return indices
 
 
+def _key(request: ClipRequest, start: int, geometry) -> str:
+    rate = f"~{request.fps:g}fps" if request.fps else ""
+    return f"{request.name}#{start}{rate}@{geometry}"
+
+
 def _geometry(request: ClipRequest, frame: tuple[int, int]):
     return plan_geometry(frame, request.size, request.resize, request.crop, request.position, request.multiple)
-
-
-def _load_image(path: str) -> np.ndarray:
-    """An image as RGB uint8 [1, h, w, 3], turned as its EXIF data say; transparency is dropped."""
-    from PIL import Image, ImageOps
-
-    check_readable(path)
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise BadFile(f"not a readable image: {error}".replace(path, "file")) from None
 
 
 class _Film:

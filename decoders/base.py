@@ -6,6 +6,7 @@ them under the same names; ``encode`` where it trains an encoder; ``param_groups
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from hashlib import sha256
 from statistics import fmean
 from typing import Any
@@ -23,6 +24,7 @@ from decoders.training import TrainingConfig, check_loss_weights, loss_weight
 
 Row = dict[str, Any]  # one clip by one method: stream, key, frames, height, width and the mean score of every metric
 DECODER = "decoder"  # the method's name in rows that are the decoder's own
+PER_FRAME = "per_frame"  # in a row: metric -> the score of every frame
 
 
 class TrainingDiverged(RuntimeError):
@@ -116,6 +118,10 @@ class VideoDecoder(LightningModule):
         """Other methods that this family is judged beside on the same clips (a teacher): name -> batch to video."""
         return {}
 
+    def frame_groups(self, batch: VideoBatch) -> dict[str, Tensor]:
+        """Frames that are also scored by themselves: name -> bool "b t", some true in every clip. Columns: psnr_<name>."""
+        return {}
+
     @property
     def size_multiple(self) -> int:
         """Pixels that height and width must be a multiple of; more than the space's where the decoder folds latents."""
@@ -150,7 +156,7 @@ class VideoDecoder(LightningModule):
         """
         space = self.latent_space
         if self.training_config.pad == "replicate":
-            return pad_to_valid(video, space.stride_t, self.size_multiple)
+            return pad_to_valid(video, space.stride_t, self.size_multiple, space.causal)
         space.check(*video.shape[2:])  # the more specific error, where it has one
         if video.shape[-2] % self.size_multiple or video.shape[-1] % self.size_multiple:
             m, (h, w) = self.size_multiple, video.shape[-2:]
@@ -217,7 +223,8 @@ class VideoDecoder(LightningModule):
             raise ValueError(f"optim.groups.{sorted(unknown)[0]} names no parameter group (there are: {names})")
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=optim.fused)
         steps = self.training_config.max_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.lr_factor(step, steps))
+        factors = [partial(optim.lr_factor, max_steps=steps, group=group["name"]) for group in groups]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _decay_parts(self, group: dict) -> list[dict]:
@@ -277,16 +284,21 @@ class VideoDecoder(LightningModule):
         return {"prediction": prediction}
 
     def _score(self, method: str, prediction: Float[Tensor, "b 3 t h w"], batch: VideoBatch, stream: int) -> None:
-        video, mask = batch["video"], batch.get("mask")
+        video, mask, groups = batch["video"], batch.get("mask"), self.frame_groups(batch)
         if "supervised" in batch:  # the same frames in all clips of a stream: those beside the window have no target
             frames = batch["supervised"][0]
             prediction, video = prediction[:, :, frames], video[:, :, frames]
             mask = mask if mask is None else mask[:, :, frames]
-        scores = {m.name: m(prediction, video, mask) for m in self._metrics}
+            groups = {name: group[:, frames.cpu()] for name, group in groups.items()}
+        scores = {m.name: m(prediction, video, mask).cpu() for m in self._metrics}
         for index, key in enumerate(batch["key"]):
             row = {"method": method, "stream": stream, "key": key, "frames": video.shape[2]}
             row |= {"height": video.shape[3], "width": video.shape[4]}
-            self._rows.append(row | {name: score[index].mean().item() for name, score in scores.items()})
+            own = {name: score[index] for name, score in scores.items()}
+            row |= {name: score.mean().item() for name, score in own.items()}
+            for group, frames in groups.items():
+                row |= {f"{name}_{group}": score[frames[index]].mean().item() for name, score in own.items()}
+            self._rows.append(row | {PER_FRAME: {name: score.tolist() for name, score in own.items()}})
 
     def _decode_clip(self, batch: VideoBatch, index: int) -> Float[Tensor, "1 3 t h w"]:
         clip = slice(index, index + 1)
@@ -346,10 +358,11 @@ class VideoDecoder(LightningModule):
         return {name: p for name, p in self.trainable() if not (prefixes and name.startswith(prefixes))}
 
     def inference_buffers(self) -> dict[str, Tensor]:
-        """What is needed at inference besides parameters and is stored with them: persistent buffers (kept channels)."""
-        parameters, state = dict(self.named_parameters()), self.state_dict()
+        """What is needed at inference besides trained parameters and is stored with them: frozen parameters of the decoder's
+        own, and persistent buffers (kept channels)."""
+        trained, state = {name for name, _ in self.trainable()}, self.state_dict()
         prefixes = tuple(f"{name}." for name in self.discriminators)
-        names = (name for name in state.keys() - parameters.keys() if not (prefixes and name.startswith(prefixes)))
+        names = (name for name in state.keys() - trained if not (prefixes and name.startswith(prefixes)))
         return {name: state[name] for name in sorted(names)}
 
     @contextmanager

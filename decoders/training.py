@@ -13,6 +13,7 @@ class GroupConfig:
     betas: tuple[float, float] | None = None
     weight_decay: float | None = None
     grad_clip: float | None = None
+    min_lr: float | None = None  # where the cosine ends; None: the same share of its lr as the other groups
 
 
 @dataclass
@@ -23,7 +24,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01  # on matrices only; gains and biases are never decayed
     eps: float = 1e-8
-    warmup_steps: int = 0  # linear, from lr / warmup_steps
+    warmup_steps: int = 0  # linear, the last of them at lr
+    warmup_from: float | None = None  # share of lr at step 0, reaching lr at step warmup_steps; null: 1 / warmup_steps
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr: float = 0.0  # where the cosine ends, at trainer.max_steps
     grad_clip: float | None = 1.0  # largest norm, of each group on its own
@@ -39,17 +41,25 @@ class OptimConfig:
             raise ValueError("optim: eps must be above 0, weight_decay 0 or more, and min_lr between 0 and lr")
         if self.warmup_steps < 0:
             raise ValueError(f"optim.warmup_steps={self.warmup_steps} must be 0 or more")
+        if self.warmup_from is not None and not 0 <= self.warmup_from <= 1:
+            raise ValueError(f"optim.warmup_from={self.warmup_from} must lie in [0, 1], or null")
+        for name, group in self.groups.items():
+            if group.min_lr is not None and not 0 <= group.min_lr <= (group.lr or self.lr):
+                raise ValueError(f"optim.groups.{name}.min_lr={group.min_lr} must lie between 0 and the group's lr")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"optim.grad_clip={self.grad_clip} must be above 0, or null for none")
 
-    def lr_factor(self, step: int, max_steps: int) -> float:
-        """The share of the base rate that optimiser step ``step`` (from 0) takes."""
+    def lr_factor(self, step: int, max_steps: int, group: str = "") -> float:
+        """The share of its own rate that a parameter group has in optimiser step ``step`` (from 0)."""
         if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+            if self.warmup_from is None:
+                return (step + 1) / self.warmup_steps
+            return self.warmup_from + (1 - self.warmup_from) * step / self.warmup_steps
         if self.schedule == "constant":
             return 1.0
         done = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
-        floor = self.min_lr / self.lr
+        own = self.groups.get(group)
+        floor = self.min_lr / self.lr if own is None or own.min_lr is None else own.min_lr / (own.lr or self.lr)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 

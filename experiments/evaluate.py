@@ -1,6 +1,7 @@
 """Measure a run on its validation clips: ``python -m experiments.evaluate NAME [weights=ema|last|best] [key=value ...]``.
 
-Writes ``clips.csv`` (every clip by every method), ``result.json`` (means with their protocol) and ``table.md``.
+Writes ``clips.csv`` (every clip by every method), ``frames.csv`` (every frame), ``result.json`` (means with their protocol)
+and ``table.md``.
 """
 
 import csv
@@ -17,7 +18,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from datamodules.batch import VideoBatch
-from decoders.base import DECODER, Row, VideoDecoder
+from decoders.base import DECODER, PER_FRAME, Row, VideoDecoder
 from decoders.latent_spaces.base import LatentSpace, pad_to_valid
 from decoders.latent_spaces.dct import dc_decode
 from experiments.checkpoints import load_weights, write_atomically
@@ -26,7 +27,7 @@ from experiments.config import load, require_paths
 from experiments.runs import find_parent, run_dir, run_name
 from metrics.protocol import Protocol, clip_list_hash
 
-TABLE, RESULT, CLIPS = "table.md", "result.json", "clips.csv"
+TABLE, RESULT, CLIPS, FRAMES = "table.md", "result.json", "clips.csv", "frames.csv"
 
 
 def reference_methods(space: LatentSpace) -> dict[str, Callable[[VideoBatch], Tensor]]:
@@ -38,8 +39,8 @@ def reference_methods(space: LatentSpace) -> dict[str, Callable[[VideoBatch], Te
 
     def cell_colour(batch: VideoBatch) -> Tensor:
         t, h, w = batch["video"].shape[2:]
-        whole = pad_to_valid(batch["video"], space.stride_t, space.stride_hw)
-        return dc_decode(whole, space.stride_t, space.stride_hw)[:, :, :t, :h, :w]
+        whole = pad_to_valid(batch["video"], space.stride_t, space.stride_hw, space.causal)
+        return dc_decode(whole, space.stride_t, space.stride_hw, space.causal)[:, :, :t, :h, :w]
 
     def own_decoder(batch: VideoBatch) -> Tensor:
         t, h, w = batch["video"].shape[2:]
@@ -75,7 +76,7 @@ def summarise(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) ->
         groups.setdefault((row["stream"], row["method"]), []).append(row)
     order = {name: i for i, name in enumerate(data.val_names)}
     for (stream, method), clips in sorted(groups.items(), key=lambda g: (order[g[0][0]], g[0][1] != DECODER)):
-        scores = {name: statistics.fmean(row[name] for row in clips) for name in decoder.metric_protocols}
+        scores = {name: statistics.fmean(row[name] for row in clips) for name in score_columns(clips[0], decoder)}
         spread = {name: statistics.pstdev([row[name] for row in clips]) for name in scores}
         means.append({"stream": stream, "method": method, "clips": len(clips), "scores": scores, "spread": spread})
     return {
@@ -87,6 +88,16 @@ def summarise(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) ->
     }
 
 
+def score_columns(row: Row, decoder: VideoDecoder) -> dict[str, tuple[str, str | None]]:
+    """Column -> (metric, group of frames or None), in the order of a row: ``psnr``, ``psnr_others``, ..."""
+    columns = {}
+    for name in row:
+        for metric in decoder.metric_protocols:
+            if name == metric or name.startswith(f"{metric}_"):
+                columns[name] = (metric, name[len(metric) + 1 :] or None)
+    return dict(sorted(columns.items(), key=lambda item: (item[1][1] or "", list(row).index(item[0]))))
+
+
 def protocols(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) -> dict[str, dict[str, Any]]:
     """``<stream>/<metric>`` -> everything that decides the number."""
     found = {}
@@ -95,7 +106,8 @@ def protocols(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) ->
         if not clips:
             continue
         config, first = data.config.val[stream], clips[0]
-        for name, definition in decoder.metric_protocols.items():
+        for name, (metric, group) in score_columns(first, decoder).items():
+            definition = decoder.metric_protocols[metric] | ({"only_frames": group} if group else {})
             found[f"{stream}/{name}"] = Protocol(
                 metric=name,
                 frames=(0, first["frames"]),
@@ -112,25 +124,37 @@ def protocols(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) ->
 
 
 def _write(folder: Path, rows: list[Row], result: dict[str, Any]) -> None:
-    def clips(path: Path) -> None:
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    def written(lines: list[dict[str, Any]]) -> Callable[[Path], None]:
+        def write(path: Path) -> None:
+            names = list(dict.fromkeys(name for line in lines for name in line))
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=names)
+                writer.writeheader()
+                writer.writerows(lines)
 
-    write_atomically(folder / CLIPS, clips)
+        return write
+
+    write_atomically(folder / CLIPS, written([{k: v for k, v in row.items() if k != PER_FRAME} for row in rows]))
+    frames = [
+        {k: row[k] for k in ("stream", "key", "method")} | {"frame": t} | {k: v[t] for k, v in row[PER_FRAME].items()}
+        for row in rows
+        for t in range(row["frames"])
+    ]
+    write_atomically(folder / FRAMES, written(frames))
     write_atomically(folder / RESULT, lambda path: path.write_text(json.dumps(result, indent=2)))
     write_atomically(folder / TABLE, lambda path: path.write_text(table(result)))
 
 
 def table(result: dict[str, Any]) -> str:
     """Means over clips and their standard deviation, as Markdown."""
-    names = list(result["means"][0]["scores"])
+    names = list(dict.fromkeys(name for mean in result["means"] for name in mean["scores"]))
     lines = [["clips", "method", *names]]
     for mean in result["means"]:
         size = next(p["size"] for key, p in result["protocols"].items() if key.startswith(f"{mean['stream']}/"))
         label = f"{mean['stream']} ({mean['clips']} of {size[0]}x{size[1]})"
-        lines.append([label, mean["method"], *(f"{mean['scores'][n]:.3f} ± {mean['spread'][n]:.3f}" for n in names)])
+        scores, spread = mean["scores"], mean["spread"]
+        cells = (f"{scores[n]:.3f} ± {spread[n]:.3f}" if n in scores else "" for n in names)
+        lines.append([label, mean["method"], *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
@@ -142,15 +166,15 @@ def table(result: dict[str, Any]) -> str:
 def evaluate(name: str, overrides: Sequence[str] = (), weights: str | None = None) -> dict[str, Any]:
     """Measure a run's weights (EMA if kept, else last) on its validation clips, or on others.
 
-    Overrides of ``data`` and ``pad`` that name no run of their own say what the run without them is measured on:
-    ``data.val.unseen.size=[480,832]``. Results of named weights or other clips go to a folder of their own.
+    Overrides of ``data``, ``pad`` and ``objective.evaluate`` that name no run of their own say what the run without them is
+    measured on: ``data.val.unseen.size=[480,832]``. Results of named weights or other clips go to a folder of their own.
     """
     from experiments.train import build, build_data, build_trainer
 
     experiment = load(name, overrides)
     trained = list(overrides)
     if not run_dir(name, overrides).is_dir():
-        trained = [text for text in overrides if not text.startswith(("data.", "pad="))]
+        trained = [text for text in overrides if not text.startswith(("data.", "pad=", "objective.evaluate"))]
     experiment.data.train = {}  # not read, so it need not be there
     require_paths(experiment)
     path = find_parent(run_name(name, trained) + (f":{weights}" if weights else ""), allow_unfinished=True)

@@ -1,8 +1,11 @@
 """Runs side by side, as they were evaluated: one row per run, and the teacher's where students were distilled from one.
 
 Speed is measured here and now: students and their teacher decode the same latents in turns, and the ratio is the median.
+Below stand differences on the same clips, the first run minus each other run and minus its own controls, with the 95 %
+bootstrap interval of their mean over clips.
 """
 
+import csv
 import json
 import statistics
 import time
@@ -12,12 +15,14 @@ from typing import Any
 import torch
 import yaml
 
+from decoders.base import DECODER
 from experiments.compose import ConfigError, run_cli
 from experiments.config import build_decoder, build_space, load
-from experiments.evaluate import RESULT
+from experiments.evaluate import CLIPS, RESULT, reference_methods
 from experiments.runs import CONFIG, DONE, runs_root
 from experiments.show import count_parameters
 from experiments.show import table as aligned
+from metrics.intervals import bootstrap
 
 TEACHER = "teacher"
 ROUNDS = 5
@@ -43,7 +48,7 @@ def table(names: Sequence[str]) -> str:
             by_stream.setdefault(mean["stream"], {})[mean["method"]] = mean["scores"]
         minutes = done["minutes"] + _parents_minutes(folder)
         for stream, methods in by_stream.items():
-            own, teacher = methods["decoder"], methods.get(TEACHER)
+            own, teacher = methods[DECODER], methods.get(TEACHER)
             if teacher and stream not in taught:
                 taught.add(stream)
                 rows.append([TEACHER, stream, "", "", *_scores(teacher), "", ""])
@@ -51,7 +56,42 @@ def table(names: Sequence[str]) -> str:
             rows.append([name, stream, f"{millions:.3f}", f"{minutes:.1f}", *_scores(own), share, faster])
     metrics = list(own)
     head = ["run", "clips", "M", "minutes", *metrics, "of teacher's PSNR", "x teacher's speed"]
-    return "\n" + aligned([head, *rows])
+    if not taught:
+        head, rows = head[:-2], [row[:-2] for row in rows]
+    return "\n\n".join(["\n" + aligned([head, *rows]), *_differences(names, metrics)])
+
+
+def _differences(names: Sequence[str], metrics: Sequence[str]) -> list[str]:
+    """A table of the first run's scores minus the others', clip by clip; none where there is nothing to compare with."""
+    first, *others = names
+    own = _clips(first)
+    space = build_space(load(first.partition("+")[0]))
+    floors = reference_methods(space).keys()
+    methods = dict.fromkeys(method for clip in own.values() for method in clip)
+    rivals = {
+        m: {clip: rows[m] for clip, rows in own.items() if m in rows} for m in methods if m not in {DECODER, *floors}
+    }
+    rivals |= {name: {clip: rows[DECODER] for clip, rows in _clips(name).items()} for name in others}
+    rows = []
+    for rival, theirs in rivals.items():
+        for stream in dict.fromkeys(stream for stream, _ in own):
+            clips = [clip for clip in own if clip[0] == stream and clip in theirs]
+            if clips:
+                cells = [str(bootstrap([own[c][DECODER][m] - theirs[c][m] for c in clips])) for m in metrics]
+                rows.append([f"minus {rival}", stream, str(len(clips)), *cells])
+    head = [first, "clips", "number", *metrics]
+    return [aligned([head, *rows])] if rows else []
+
+
+def _clips(name: str) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
+    """(stream, key) -> method -> metric -> score, of a run's evaluation."""
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    with open(runs_root() / name / "evaluation" / CLIPS, newline="") as file:
+        for row in csv.DictReader(file):
+            about = {key: row.pop(key) for key in ("stream", "key", "method", "frames", "height", "width")}
+            scores = {metric: float(value) for metric, value in row.items() if value}
+            found.setdefault((about["stream"], about["key"]), {})[about["method"]] = scores
+    return found
 
 
 def _scores(scores: dict[str, float]) -> list[str]:

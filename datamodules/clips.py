@@ -185,6 +185,11 @@ class ClipData(LightningDataModule):
             self._val_loaders = [ValLoader(workers, streams[name], batches[name]) for name in batches]
         return self._val_loaders
 
+    @property
+    def num_val_files(self) -> int:
+        """Different files among the validation clips. Opens files that are not in the index yet, decodes none."""
+        return len({s.request(i, None).name for s in self.streams("val").values() for i in range(len(s))})
+
     def another_clip(self, key: str) -> Float[Tensor, "3 t h w"]:
         """A validation clip of another file than the one of ``key``, RGB in [-1, 1]: a wrong reference, as a control.
 

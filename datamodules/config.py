@@ -144,6 +144,8 @@ class StreamConfig:
     """Target frame rate in frames per second: the nearest frames are taken. None: native. Slower films are left out."""
     extend: tuple[int, int] = (0, 0)
     """Frames [before, after] the window that are delivered too; ``supervised`` of the batch is false for them."""
+    window: Literal["middle", "first"] = "middle"
+    """Validation only: where in its stretch of the film a clip begins. first: at the stretch's first frame, as published sets do."""
     still: bool = False
     """Every clip is its first frame, repeated: what a decoder makes of video in which nothing moves."""
     num_clips: int | None = None

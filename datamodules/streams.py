@@ -151,7 +151,7 @@ class Stream:
         """Clip number ``clip``. ``rng`` draws its start and crop; without one it is the fixed, centred validation clip."""
         c = self.config
         row, first, num_starts = self._place(clip)
-        start, crop, position = first + num_starts // 2, "center", (0.5, 0.5)
+        start, crop, position = first + (num_starts // 2 if c.window == "middle" else 0), "center", (0.5, 0.5)
         if rng is not None:
             u, v, y, x = rng.random(4)
             start, position = first + int(u * num_starts), (float(y), float(x))

@@ -24,7 +24,7 @@ from decoders.training import TrainingConfig, check_loss_weights, loss_weight
 
 Row = dict[str, Any]  # one clip by one method: stream, key, frames, height, width and the mean score of every metric
 DECODER = "decoder"  # the method's name in rows that are the decoder's own
-PER_FRAME = "per_frame"  # in a row: metric -> the score of every frame
+PER_FRAME = "per_frame"  # in a row: metric -> the score of every frame; in_<group> -> 1 for every frame in it, else 0
 
 
 class TrainingDiverged(RuntimeError):
@@ -298,7 +298,9 @@ class VideoDecoder(LightningModule):
             row |= {name: score.mean().item() for name, score in own.items()}
             for group, frames in groups.items():
                 row |= {f"{name}_{group}": score[frames[index]].mean().item() for name, score in own.items()}
-            self._rows.append(row | {PER_FRAME: {name: score.tolist() for name, score in own.items()}})
+            frames = {name: score.tolist() for name, score in own.items()}
+            frames |= {f"in_{group}": member[index].int().tolist() for group, member in groups.items()}
+            self._rows.append(row | {PER_FRAME: frames})
 
     def _decode_clip(self, batch: VideoBatch, index: int) -> Float[Tensor, "1 3 t h w"]:
         clip = slice(index, index + 1)

@@ -34,7 +34,7 @@ def table(names: Sequence[str]) -> str:
     Raises:
         ConfigError: a run is missing or not finished.
     """
-    rows: list[list[Any]] = []
+    lines: list[tuple[list[str], dict[str, float], list[str]]] = []
     taught = set()
     for name in names:
         folder = runs_root() / name
@@ -51,10 +51,11 @@ def table(names: Sequence[str]) -> str:
             own, teacher = methods[DECODER], methods.get(TEACHER)
             if teacher and stream not in taught:
                 taught.add(stream)
-                rows.append([TEACHER, stream, "", "", *_scores(teacher), "", ""])
+                lines.append(([TEACHER, stream, "", ""], teacher, ["", ""]))
             share = f"{own['psnr'] / teacher['psnr']:.1%}" if teacher else ""
-            rows.append([name, stream, f"{millions:.3f}", f"{minutes:.1f}", *_scores(own), share, faster])
-    metrics = list(own)
+            lines.append(([name, stream, f"{millions:.3f}", f"{minutes:.1f}"], own, [share, faster]))
+    metrics = [name for name in lines[0][1] if all(name in scores for _, scores, _ in lines)]
+    rows: list[list[Any]] = [[*begin, *(f"{scores[m]:.3f}" for m in metrics), *end] for begin, scores, end in lines]
     head = ["run", "clips", "M", "minutes", *metrics, "of teacher's PSNR", "x teacher's speed"]
     if not taught:
         head, rows = head[:-2], [row[:-2] for row in rows]
@@ -92,10 +93,6 @@ def _clips(name: str) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
             scores = {metric: float(value) for metric, value in row.items() if value}
             found.setdefault((about["stream"], about["key"]), {})[about["method"]] = scores
     return found
-
-
-def _scores(scores: dict[str, float]) -> list[str]:
-    return [f"{value:.3f}" for value in scores.values()]
 
 
 def _parents_minutes(folder: Any) -> float:

@@ -166,7 +166,7 @@ def table(result: dict[str, Any]) -> str:
 def evaluate(name: str, overrides: Sequence[str] = (), weights: str | None = None) -> dict[str, Any]:
     """Measure a run's weights (EMA if kept, else last) on its validation clips, or on others.
 
-    Overrides of ``data``, ``pad`` and ``objective.evaluate`` that name no run of their own say what the run without them is
+    Overrides of ``data``, ``pad``, ``objective.evaluate`` and ``objective.controls`` that name no run of their own say what the run without them is
     measured on: ``data.val.unseen.size=[480,832]``. Results of named weights or other clips go to a folder of their own.
     """
     from experiments.train import build, build_data, build_trainer
@@ -174,7 +174,7 @@ def evaluate(name: str, overrides: Sequence[str] = (), weights: str | None = Non
     experiment = load(name, overrides)
     trained = list(overrides)
     if not run_dir(name, overrides).is_dir():
-        trained = [text for text in overrides if not text.startswith(("data.", "pad=", "objective.evaluate"))]
+        trained = [text for text in overrides if not text.startswith(("data.", "pad=", "objective.evaluate", "objective.controls"))]
     experiment.data.train = {}  # not read, so it need not be there
     require_paths(experiment)
     path = find_parent(run_name(name, trained) + (f":{weights}" if weights else ""), allow_unfinished=True)

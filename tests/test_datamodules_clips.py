@@ -362,7 +362,9 @@ def decoded_best(path: Path, num: int) -> np.ndarray:
 
 def test_still_clips_repeat_one_frame(folder):
     plain = config(folder, val={"films": StreamConfig(["films"], (32, 32), 9, batch_size=1, num_clips=2)}, train={})
-    still = config(folder, val={"films": StreamConfig(["films"], (32, 32), 9, batch_size=1, num_clips=2, still=True)}, train={})
+    still = config(
+        folder, val={"films": StreamConfig(["films"], (32, 32), 9, batch_size=1, num_clips=2, still=True)}, train={}
+    )
     moving, frozen = ([*ClipData(c, world_size=1, rank=0).val_dataloader()[0]] for c in (plain, still))
     for clip in frozen:
         assert clip["video"].shape == (1, 3, 9, 32, 32)
@@ -371,3 +373,15 @@ def test_still_clips_repeat_one_frame(folder):
     assert not torch.equal(moving[0]["video"][:, :, :1], moving[0]["video"][:, :, -1:])
     with pytest.raises(ValueError, match="still"):
         StreamConfig(["films"], still=True, extend=(1, 0))
+
+
+def test_validation_windows_begin_in_the_middle_or_first(folder):
+    starts = {}
+    for window in ("middle", "first"):
+        stream = StreamConfig(["films"], (32, 32), 9, batch_size=1, window=window)
+        data = ClipData(config(folder, val={"films": stream}, train={}), world_size=1, rank=0)
+        starts[window] = [batch["key"][0] for batch in data.val_dataloader()[0]]
+        assert data.num_val_files == NUM_FILMS
+    assert len(starts["first"]) == len(starts["middle"]) == 2 * NUM_FILMS
+    assert sum("#0@" in key for key in starts["first"]) == NUM_FILMS  # two stretches a film; the first begins with it
+    assert not any("#0@" in key for key in starts["middle"])

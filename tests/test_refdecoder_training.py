@@ -1,5 +1,7 @@
 """RefDecoder's objective: references, dropped latents, saved latents, rates, and what evaluation compares."""
 
+import csv
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from decoders.latent_spaces.wan_mini import load_decoder
 from decoders.refdecoder.local_start import begin_local
 from decoders.refdecoder.module import RefDecoderObjective
 from decoders.refdecoder.transformer import Block, normalise, rope_table, rotate
+from experiments.compose import ConfigError
 from experiments.config import load
-from experiments.train import build, build_data
+from experiments.train import build, build_data, train
 
 DEBUG = "refdecoder_debug"
 
@@ -89,13 +92,26 @@ def test_validation_references_do_not_depend_on_the_batch():
     whole = decoder.with_latent(batch)["reference"]
     alone = [decoder.with_latent({"video": batch["video"][i : i + 1], "key": batch["key"][i : i + 1]}) for i in (0, 1)]
     assert torch.equal(whole, torch.cat([part["reference"] for part in alone]))
-    groups = decoder.frame_groups(batch)
+    groups = decoder.frame_groups(decoder.with_latent(batch))
     assert groups["reference"].sum(1).tolist() == [2, 2] and torch.equal(groups["others"], ~groups["reference"])
     for i in range(2):
         frames = batch["video"][i][:, groups["reference"][i]]
         assert torch.equal(frames, whole[i])
     given = {**batch, "reference": torch.zeros(2, 3, 1, 32, 48)}
     assert decoder.with_latent(given)["reference"] is given["reference"]
+    assert not decoder.frame_groups(decoder.with_latent(given))  # whatever it shows, it is none of these frames
+    with pytest.raises(ValueError, match="objective.evaluate=given"):
+        made("objective.evaluate=given").eval().with_latent(batch)
+
+
+def test_validation_references_have_a_target():
+    decoder = made("objective.evaluate=first").eval()
+    batch = clip(decoder)
+    batch["supervised"] = torch.zeros(2, 9, dtype=torch.bool)
+    batch["supervised"][:, 4:8] = True
+    batch = decoder.with_latent(batch)
+    assert torch.equal(batch["reference"], batch["video"][:, :, 4:5])
+    assert decoder.frame_groups(batch)["reference"][:, 4].all()
 
 
 # ---- dropped latents
@@ -162,7 +178,12 @@ def test_groups_hold_what_is_new_and_what_is_pretrained():
     optimizer = decoder.configure_optimizers()["optimizer"]
     rates = {group["name"]: group["initial_lr"] for group in optimizer.param_groups}
     assert rates == {"attention": 2e-3, "decoder": 1e-3}
-    plain = made("decoder.inject=none")
+    plain = made("decoder.inject=none").eval()
+    batch = plain.with_latent(clip(plain))
+    assert "reference" not in batch and plain.frame_groups(batch)
+    image = batch["video"][:, :, :1]
+    assert torch.equal(plain.decode(batch["latent"], reference=image), plain.decode(batch["latent"]))
+    assert plain.train().losses({"latent": batch["latent"], "reference": image, "key": batch["key"]})["l1"].isfinite()
     assert [group["name"] for group in plain.param_groups()] == ["decoder"] and not plain.own_references()
 
 
@@ -233,10 +254,26 @@ def test_local_start_looks_at_the_same_place(head_dim, split):
     assert (middle[:, :, 5:8, 4:7].sum(dim=(1, 2, 3)) > 0.75).all()
 
 
-@pytest.mark.parametrize("wrong", [{"dropout": 1.5}, {"controls": ["nothing"]}, {"num_references": 0}, {"crop": 8}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dropout": 1.5},
+        {"controls": ["nothing"]},
+        {"num_references": 0},
+        {"crop": 8},
+        {"evaluate_references": 2},
+        {"num_references": 2, "reference": "first"},
+    ],
+)
 def test_objectives_that_cannot_work_are_refused(wrong):
     with pytest.raises(ValueError, match=f"objective.{next(iter(wrong))}"):
         RefDecoderObjective(**wrong)
+
+
+def test_two_sources_of_weights_are_refused():
+    with pytest.raises(ConfigError, match="objective.start"):
+        load(DEBUG, ["init_from=refdecoder_debug"])
+    load(DEBUG, ["init_from=refdecoder_debug", "objective.start=null"])
 
 
 def test_every_experiment_of_the_curriculum_has_its_stages():
@@ -248,3 +285,17 @@ def test_every_experiment_of_the_curriculum_has_its_stages():
         first = load(second.init_from)
         assert first.objective.start and vars(first.decoder) == vars(second.decoder)
         assert vars(first.objective) | {"start": None} == vars(second.objective)
+
+
+def test_a_missing_stranger_is_told_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    one = ["data.sources.unseen.num_videos=1", "trainer.max_steps=1"]
+    with pytest.raises(ValueError, match="objective.controls=\\[without reference, plain\\]"):
+        train(load(DEBUG, one), DEBUG, one)
+    fewer = [*one, "objective.controls=[without reference, plain]"]
+    train(load(DEBUG, fewer), DEBUG, fewer)
+    found = next(path for path in tmp_path.glob("*/evaluation/frames.csv"))
+    with open(found, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] == "decoder"]
+    assert [row["in_reference"] for row in rows[:9]] == ["1", *["0"] * 8]  # the first of nine frames
+    assert all(float(row["psnr"]) > 0 for row in rows)

@@ -51,6 +51,10 @@ class RefDecoderConfig:
             )
         if self.patches is not None and (len(self.patches) != 3 or min(self.patches) < 1):
             raise ValueError(f"decoder.patches={list(self.patches)} must be three numbers of 1 or more, or null")
+        if self.local_start and min(split[1:]) < 2:
+            raise ValueError(
+                f"decoder.local_start needs dimensions that turn with height and width; rope_split={list(split)} has none"
+            )
         if self.zero_init and self.residual == "none":
             raise ValueError(
                 "decoder.zero_init=true with residual=none would replace the video by zeros; set residual to video or both"

@@ -25,6 +25,7 @@ from losses.pixel import l1
 
 Frames = Literal["random", "first", "last", "ends", "given"]
 CONTROLS = ("without reference", "wrong reference", "plain")
+FRAMES = "reference_frames"  # in a batch: the numbers of the frames that validation took as references, "b r"
 PARTS = {"attention": ("encoder.", "injection."), "decoder": ("backbone.",)}
 
 
@@ -63,6 +64,12 @@ class RefDecoderObjective:
             raise ValueError("objective.num_references and evaluate_references must be 1 or more")
         if unknown := sorted(set(self.controls) - set(CONTROLS)):
             raise ValueError(f"objective.controls: no {unknown[0]!r}; there are {', '.join(CONTROLS)}")
+        for choice, number in (("reference", "num_references"), ("evaluate", "evaluate_references")):
+            if getattr(self, choice) != "random" and getattr(self, number) != 1:
+                raise ValueError(
+                    f"objective.{number}={getattr(self, number)} is for objective.{choice}=random; {getattr(self, choice)} says by "
+                    "itself how many (ends: two)"
+                )
         if self.crop is not None and self.crop < 16:
             raise ValueError(f"objective.crop={self.crop} must be 16 or more, or null for whole frames")
 
@@ -105,11 +112,19 @@ class RefDecoder(VideoDecoder):
             raise ValueError(
                 f"objective.reverse decodes saved latents with the space's own decoder, which {self.latent_space.name} lacks"
             )
-        if self.objective.start is not None and not self._resumes():
+        if not self._resumes():
             start.fill(self.model, self.objective.start, self.objective.transformer)
 
     def on_fit_start(self) -> None:
-        self._check_latents(getattr(self.trainer.datamodule, "latent_spaces", {}))
+        data = self.trainer.datamodule
+        self._check_latents(getattr(data, "latent_spaces", {}))
+        wrong = self.training_config.validation.references and "wrong reference" in self.own_references()
+        if wrong and getattr(data, "num_val_files", 2) < 2:  # told now, not after the last step
+            rest = ", ".join(name for name in self.objective.controls if name != "wrong reference")
+            raise ValueError(
+                "all validation clips are of one file, so none can be the wrong reference of another: add a source to data.val, or "
+                f"set objective.controls=[{rest}]"
+            )
         super().on_fit_start()
 
     def _check_latents(self, found: dict[str, dict[str, int]]) -> None:
@@ -141,22 +156,25 @@ class RefDecoder(VideoDecoder):
             source = batch.get("source", batch.get("video"))
             batch = {**batch, "latent": self.encode(source, sample=True, generator=generator)}
         batch = super().with_latent(batch)
-        if self.training or "reference" in batch or "video" not in batch or not self.model.uses_reference:
+        if self.training or "reference" in batch or "video" not in batch:
             return batch
-        if (frames := self._evaluated_frames(batch)) is None:
+        if self.objective.evaluate == "given":
+            if self.model.uses_reference:
+                raise ValueError(
+                    f"objective.evaluate=given, but {batch['key'][0]} brings no reference; use another choice"
+                )
             return batch
-        return {**batch, "reference": _take(batch["video"], frames)}
+        frames = self._evaluated_frames(batch)
+        batch = {**batch, FRAMES: frames}
+        return {**batch, "reference": _take(batch["video"], frames)} if self.model.uses_reference else batch
 
-    def _evaluated_frames(self, batch: VideoBatch) -> Int[Tensor, "b r"] | None:
-        """The frames of each clip that validation gives as references, the same whatever the batch; None: its own."""
+    def _evaluated_frames(self, batch: VideoBatch) -> Int[Tensor, "b r"]:
+        """The frames of each clip that validation gives as references, the same whatever the batch."""
         choice, number = self.objective.evaluate, self.objective.evaluate_references
-        if choice == "given":
-            return None
-        t = batch["video"].shape[2]
-        rows = []
+        shown, rows = _shown(batch), []
         for key in batch["key"]:
             generator = torch.Generator().manual_seed(key_seed(f"reference:{key}", self.training_config.seed))
-            rows.append(_choose(choice, number, t, generator))
+            rows.append(shown[_choose(choice, number, len(shown), generator)])
         return torch.stack(rows)
 
     def _training_reference(self, batch: VideoBatch) -> Float[Tensor, "b 3 r h w"] | None:
@@ -176,9 +194,7 @@ class RefDecoder(VideoDecoder):
         video, mask = batch["video"], counted(batch)
         if mask is not None:  # what has no target may hold anything
             video = torch.where(mask > 0, video, 0.0)
-        shown = torch.arange(video.shape[2])
-        if "supervised" in batch:  # the same frames in all clips of a stream
-            shown = shown[batch["supervised"][0].cpu()]
+        shown = _shown(batch)
         frames = shown[_choose(self.objective.reference, self.objective.num_references, len(shown), generator)]
         return _take(video, frames.expand(len(video), -1))
 
@@ -219,13 +235,14 @@ class RefDecoder(VideoDecoder):
         if "reference" not in batch:
             raise ValueError("a batch of saved latents needs the reference image that they were made from")
         latent, reference = batch["latent"], batch["reference"][:, :, :1]
+        given = reference if self.model.uses_reference else None
         generator = torch.Generator().manual_seed(torch.initial_seed() + 2)
         shown = slice(0, 1)
         if torch.rand((), generator=generator) < self.objective.reverse:
             latent, shown = self.encode(self.latent_space.decode(latent).flip(2)), slice(-1, None)
         stride, (y, x) = self.latent_space.stride_hw, latent.shape[3:]
         t = self.latent_space.pixel_frames(latent.shape[2])
-        prediction = self._predict(latent, reference, (t, y * stride, x * stride))
+        prediction = self._predict(latent, given, (t, y * stride, x * stride))
         return self._terms(prediction[:, :, shown], cut_to(reference, (y * stride, x * stride)), None)
 
     # ---- inference
@@ -241,7 +258,8 @@ class RefDecoder(VideoDecoder):
         skip: bool = False,
     ) -> Float[Tensor, "b 3 t h w"]:
         """As in the base. ``reference``: RGB in [-1, 1], resized to the clip's size where its aspect ratio allows; None:
-        none. ``skip``: no attention at all, the fine-tuned plain decoder."""
+        none. ``skip``: no attention at all, the fine-tuned plain decoder. A decoder without attention ignores references."""
+        reference = reference if self.model.uses_reference else None
         video = self.model.decode(latent, reference, skip=skip, size=None if size is None else size[1:])
         return video if size is None else video[:, :, : size[0], : size[1], : size[2]]
 
@@ -266,6 +284,7 @@ class RefDecoder(VideoDecoder):
 
     def start_stream(self, batch_size: int, height: int, width: int, *, reference=None, generator=None) -> Any:
         """As in the base, with the same references throughout. Raises TypeError where attention sees the whole clip."""
+        reference = reference if self.model.uses_reference else None
         return self.model.start_stream(batch_size, height, width, reference=reference)
 
     # ---- evaluation
@@ -286,16 +305,17 @@ class RefDecoder(VideoDecoder):
         }
         return {name: methods[name] for name in self.objective.controls}
 
-    def _strangers(self, batch: VideoBatch) -> Float[Tensor, "b 3 1 h w"]:
-        """For each clip the first frame of a validation clip of another file, cut and resized to its size."""
-        data, size = self.trainer.datamodule, tuple(batch["video"].shape[3:])
-        frames = [cut_to(data.another_clip(key)[None, :, :1].to(self.device), size) for key in batch["key"]]
+    def _strangers(self, batch: VideoBatch) -> Float[Tensor, "b 3 r h w"]:
+        """For each clip as many frames of a validation clip of another file as it has references, at its size."""
+        data, size, r = self.trainer.datamodule, tuple(batch["video"].shape[3:]), batch["reference"].shape[2]
+        clips = (data.another_clip(key)[None].to(self.device) for key in batch["key"])
+        frames = [cut_to(clip[:, :, torch.linspace(0, clip.shape[2] - 1, r).long()], size) for clip in clips]
         return torch.cat(frames)
 
     def frame_groups(self, batch: VideoBatch) -> dict[str, Bool[Tensor, "b t"]]:
         """Frames that are references themselves, and the others: retrieving a frame is not yet using it elsewhere."""
-        t = batch["video"].shape[2]
-        if t == 1 or (frames := self._evaluated_frames(batch)) is None or frames.shape[1] == t:
+        t, frames = batch["video"].shape[2], batch.get(FRAMES)
+        if frames is None or frames.shape[1] >= len(_shown(batch)):
             return {}
         same = torch.zeros(batch_size(batch), t, dtype=torch.bool)
         same.scatter_(1, frames, True)
@@ -313,6 +333,12 @@ def _choose(choice: str, number: int, t: int, generator: torch.Generator) -> Int
     if number > t:
         raise ValueError(f"{number} reference frames of a clip of {t}; lower objective.num_references")
     return torch.randperm(t, generator=generator)[:number].sort().values
+
+
+def _shown(batch: VideoBatch) -> Int[Tensor, " t"]:
+    """Numbers of the frames that have a target; the same in all clips of a batch."""
+    shown = torch.arange(batch["video"].shape[2])
+    return shown[batch["supervised"][0].cpu()] if "supervised" in batch else shown
 
 
 def _take(video: Float[Tensor, "b 3 t h w"], frames: Int[Tensor, "b r"]) -> Float[Tensor, "b 3 r h w"]:

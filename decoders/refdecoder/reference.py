@@ -3,6 +3,7 @@
 import logging
 from functools import cache
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from decoders.backbones.wan_layers import ChannelNorm
 from decoders.refdecoder.layouts import Layout
 
 log = logging.getLogger(__name__)
+LARGEST = 1.5  # room for a resize filter's overshoot; [0, 255] and [0, 2] are told
 ASPECT_TOLERANCE = 0.02  # a clip's own rounding to multiples of 8 or 16 pixels stays below
 
 
@@ -64,6 +66,8 @@ def fit(reference: Tensor, clips: int, size: tuple[int, int], grid: tuple[int, i
         raise ValueError(f"{len(reference)} references for {clips} clips; give each clip its own, (b, 3, r, h, w)")
     if not reference.is_floating_point():
         raise ValueError(f"reference is {reference.dtype}; it must be RGB as floats in [-1, 1]")
+    if not torch.is_grad_enabled() and reference.abs().amax() > LARGEST:
+        raise ValueError(f"reference has values up to {reference.abs().amax():.4g}; it must be RGB in [-1, 1]")
     if tuple(reference.shape[-2:]) == grid:
         return reference
     frames = rearrange(reference, "b c r h w -> (b r) c h w")

@@ -37,7 +37,9 @@ class DiskFull(OSError):
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` on a temporary neighbour of ``path`` and put it in place only once it is whole and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a write that was killed; nobody else writes this file
+    for left in path.parent.glob(
+        f".{glob.escape(path.name)}.*.tmp"
+    ):  # by a write that was killed; nobody else writes this file
         left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -174,7 +174,11 @@ def evaluate(name: str, overrides: Sequence[str] = (), weights: str | None = Non
     experiment = load(name, overrides)
     trained = list(overrides)
     if not run_dir(name, overrides).is_dir():
-        trained = [text for text in overrides if not text.startswith(("data.", "pad=", "objective.evaluate", "objective.controls"))]
+        trained = [
+            text
+            for text in overrides
+            if not text.startswith(("data.", "pad=", "objective.evaluate", "objective.controls"))
+        ]
     experiment.data.train = {}  # not read, so it need not be there
     require_paths(experiment)
     path = find_parent(run_name(name, trained) + (f":{weights}" if weights else ""), allow_unfinished=True)

@@ -6,13 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from datamodules.clips import ClipData
+from datamodules.reader import ClipReader
+from datamodules.samples import sample_config
 from decoders.backbones.wan import WAN21, WAN22, WanConfig, WanDecoder
 from decoders.flash_vaed import released
 from decoders.flash_vaed.cache import TeacherCache
 from decoders.flash_vaed.calibrate import PruneConfig, Statistics, choose, gather, initialise, pruning_report
 from decoders.flash_vaed.model import FlashVaedConfig, build_student
+from decoders.flash_vaed.prune import kept_count, select
 from decoders.flash_vaed.teacher import load_teacher
 from decoders.flash_vaed.wan_student import WanStudent
+from decoders.latent_spaces.wan_mini import WanMini, load_decoder
 from experiments.compose import ConfigError
 from experiments.config import build_decoder, build_space, load
 from experiments.runs import run_dir
@@ -162,6 +167,36 @@ def test_a_computed_start_is_nearer_to_the_teacher_than_a_random_one(teacher, la
     computed = errors(started(teacher, OPERATORS, keep, latents))
     by_chance = [errors(WanStudent(teacher.config, OPERATORS, keep)) for _ in range(3)]
     assert all(error < min(others) for error, *others in zip(computed, *by_chance, strict=True))
+
+
+@pytest.fixture(scope="module")
+def real_features() -> tuple[Statistics, WanDecoder]:
+    """Statistics of wan_mini's decoder over two real clips."""
+    data = ClipData(sample_config((64, 64), 9, num_workers=0), world_size=1, rank=0)
+    space, latents = WanMini(), []
+    for stream in data.streams("train").values():
+        requests = [stream.request(clip, None) for clip in (0, len(stream) - 1)]
+        latents = [space.encode(ClipReader().read(request).tensors["video"][None]) for request in requests]
+    teacher = load_decoder().eval()
+    return gather(teacher, latents, positions=4000), teacher
+
+
+@pytest.mark.parametrize("share", [0.125, 0.25, 0.5])
+def test_greedy_is_at_least_as_good_on_real_features(real_features, share):
+    statistics, teacher = real_features
+    explained = {}
+    for method in ("greedy", "qr", "magnitude", "random"):
+        for stage in ("up2", "up3"):
+            for name in (name for name in statistics if name.startswith(stage) and name.endswith(("out", "hidden", stage))):
+                count = kept_count(statistics[name].channels, share)
+                explained[name, method] = select(statistics[name], count, method, swaps=3 if method == "greedy" else 0).r2
+    points = {name for name, _ in explained}
+    assert len(points) == 14
+    for name in points:
+        best = max(explained[name, method] for method in ("qr", "magnitude", "random"))
+        assert explained[name, "greedy"] >= best - 1e-3, (name, {m: explained[name, m] for m in ("greedy", "magnitude")})
+    means = {m: sum(explained[name, m] for name in points) / len(points) for m in ("greedy", "magnitude", "random")}
+    assert means["greedy"] > means["magnitude"] and means["greedy"] > means["random"]
 
 
 def test_dropped_inputs_are_better_read_through_their_reconstruction(teacher, latents):

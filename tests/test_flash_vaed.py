@@ -187,14 +187,21 @@ def test_greedy_is_at_least_as_good_on_real_features(real_features, share):
     explained = {}
     for method in ("greedy", "qr", "magnitude", "random"):
         for stage in ("up2", "up3"):
-            for name in (name for name in statistics if name.startswith(stage) and name.endswith(("out", "hidden", stage))):
+            for name in (
+                name for name in statistics if name.startswith(stage) and name.endswith(("out", "hidden", stage))
+            ):
                 count = kept_count(statistics[name].channels, share)
-                explained[name, method] = select(statistics[name], count, method, swaps=3 if method == "greedy" else 0).r2
+                explained[name, method] = select(
+                    statistics[name], count, method, swaps=3 if method == "greedy" else 0
+                ).r2
     points = {name for name, _ in explained}
     assert len(points) == 14
     for name in points:
         best = max(explained[name, method] for method in ("qr", "magnitude", "random"))
-        assert explained[name, "greedy"] >= best - 1e-3, (name, {m: explained[name, m] for m in ("greedy", "magnitude")})
+        assert explained[name, "greedy"] >= best - 1e-3, (
+            name,
+            {m: explained[name, m] for m in ("greedy", "magnitude")},
+        )
     means = {m: sum(explained[name, m] for name in points) / len(points) for m in ("greedy", "magnitude", "random")}
     assert means["greedy"] > means["magnitude"] and means["greedy"] > means["random"]
 

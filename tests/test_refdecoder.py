@@ -236,12 +236,12 @@ def test_autocast(monkeypatch):
 def test_controlnet_adds_the_same_to_every_frame():
     model = small(inject="controlnet")
     _, reference = clip(model, references=2)
-    memory = model.injection.begin(model.encoder(reference), model._carry)
+    memory = model._begin(reference)
     video = torch.randn(2, 16, 3, 2, 6, dtype=torch.float64)
     added = model.injection.step(1, video, memory)[0] - video
     torch.testing.assert_close(added, added[:, :, :1].expand_as(added))
     # Several references add their mean.
-    each = [model.injection.begin(model.encoder(part), model._carry)[1] for part in reference.split(1, 2)]
+    each = [model._begin(part)[1] for part in reference.split(1, 2)]
     torch.testing.assert_close(memory[1], sum(each) / 2)
     # The branch is a copy of the pretrained stages, but for what a single frame never passes.
     pretrained = WanDecoder(model.backbone.config).double()

@@ -126,3 +126,25 @@ def test_latents_are_dropped_behind_the_frozen_convolution():
     x = conv(keep * pointwise(model.backbone.denormalise(latent))[0])[0]
     x, _, _ = model.backbone.run(x, None, True, stages=[name for name in model.backbone.stages if name != "conv_in"])
     torch.testing.assert_close(model(latent, keep=keep.float()), x, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["full", "windowed"])
+def test_references_read_again_at_every_point(attention):
+    """Later points see detail that the first, at an eighth of the resolution, gives away."""
+    model = small(residual="both", reread=True, attention=attention)
+    assert [encoder.fold for encoder in model.rereads] == [4, 2]
+    latent, reference = clip(model, frames=3)
+    video = model(latent, reference)
+    torch.testing.assert_close(model.decode(latent, reference), video.clamp(-1, 1), atol=1e-5, rtol=0)
+    video.square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.rereads.parameters())
+    with torch.no_grad():
+        model.rereads.requires_grad_(False)
+        for encoder in model.rereads:
+            encoder.conv.weight.zero_(), encoder.conv.bias.zero_()
+    once = small(residual="both", attention=attention)
+    once.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("rereads.")})
+    torch.testing.assert_close(model(latent, reference), once(latent, reference))
+    assert not torch.allclose(model(latent, reference), video)
+    with pytest.raises(ValueError, match="reread"):
+        small(inject="controlnet", reread=True)

@@ -84,7 +84,7 @@ def test_a_group_sees_its_window_and_nothing_later():
     assert difference[:9].max() < 1e-9  # frames of latent frames 0, 1 and 2
     assert difference[9:13].min() > 1e-3
     # Attention alone: a key of two latent frames before is not among those kept.
-    memory = model.injection.begin(model.encoder(reference), model._carry)
+    memory = model._begin(reference)
     for number in range(4):
         _, memory = model.injection.step(0, torch.randn(1, 32, 1, 1, 3, dtype=torch.float64), memory)
         assert [len(block) for block in memory.past[0]] == [min(number + 1, 1)] * 2
@@ -125,7 +125,8 @@ def masked(model: RefDecoderModel, latent: torch.Tensor, reference: torch.Tensor
         out = gate.features(tokens, *x.shape[3:])
         x = out[:, :, count:] + (0 if model.config.residual == "none" else x)
         if count and number + 1 < len(injection.gates):
-            features = model._carry(number, out[:, :, :count] + (features if model.config.residual == "both" else 0))
+            carried = out[:, :, :count] + (features if model.config.residual == "both" else 0)
+            features = model._carry(number, carried, reference)
         x, _, _ = model.backbone.run(x, None, True, stages=stages)
     return model.backbone.finish(x)
 

@@ -25,6 +25,7 @@ class RefDecoderConfig:
     # video's and takes the references' place (released code, VideoVAE+); both: is added to both (ours).
     residual: Literal["none", "video", "both"] = "none"
     zero_init: bool | None = None  # begin as the plain decoder; null: wherever there is a residual
+    reread: bool = False  # references' pixels are taken in anew at every point, not at the first alone (ours)
     local_start: bool = False  # attention begins at the same place of every frame (local_start.py, ours)
     attention: Literal["full", "windowed"] = "full"  # all of the clip, or a window that streams (windowed.py)
     window: int = 4  # latent frames that windowed attention sees, the current one included
@@ -51,6 +52,8 @@ class RefDecoderConfig:
             )
         if self.patches is not None and (len(self.patches) != 3 or min(self.patches) < 1):
             raise ValueError(f"decoder.patches={list(self.patches)} must be three numbers of 1 or more, or null")
+        if self.reread and self.inject != "attention":
+            raise ValueError(f"decoder.reread=true is for inject=attention, not {self.inject}")
         if self.local_start and min(split[1:]) < 2:
             raise ValueError(
                 f"decoder.local_start needs dimensions that turn with height and width; rope_split={list(split)} has none"

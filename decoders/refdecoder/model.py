@@ -46,6 +46,8 @@ class RefDecoderModel(nn.Module):
         self.backbone, self.layout = build_backbone(config.layout, config.dim, config.patches, *shape)
         self.injection = _build_injection(config, self.layout, self.backbone)
         self.encoder = None if self.injection is None else ReferenceEncoder(self.layout)
+        later = range(1, len(self.layout.points)) if config.reread else ()
+        self.rereads = nn.ModuleList(ReferenceEncoder(self.layout, number) for number in later)
         self.parts = _parts(self.layout, list(self.backbone.stages))
         _freeze(self.backbone, self.layout.frozen)
         self.set_checkpointing(config.checkpointing)
@@ -109,7 +111,7 @@ class RefDecoderModel(nn.Module):
             return self._advance(x, None, True, None, keep)[0]
         if not self.injection.streams:
             return self._joint(x, reference, keep)
-        memory = self.injection.begin(reference, self._carry)
+        memory = self._begin(reference)
         if isinstance(self.injection, ControlBranch):  # what it adds is the same for all frames
             return self._advance(x, None, True, memory, keep)[0]
         past, frames = None, []
@@ -208,7 +210,7 @@ class RefDecoderModel(nn.Module):
         reference = self._enter_reference(reference, clips, grid, size, skip)
         memory = None
         if self.injection is not None and not skip:
-            memory = self.injection.begin(reference, self._carry)
+            memory = self._begin(reference)
         return RefStream(clips, *pixels, memory)
 
     # ---- the parts between two points
@@ -216,7 +218,7 @@ class RefDecoderModel(nn.Module):
     def _enter(
         self, latent: Tensor, reference: Tensor | None, size: tuple[int, int] | None, skip: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Denormalised latents, and features of the references."""
+        """Denormalised latents, and the references' pixels at the grid's size."""
         x = self.backbone.denormalise(latent)
         grid = (latent.shape[3] * self.stride_hw, latent.shape[4] * self.stride_hw)
         return x, self._enter_reference(reference, len(latent), grid, size, skip)
@@ -229,7 +231,11 @@ class RefDecoderModel(nn.Module):
         if self.encoder is None:
             raise ValueError("decoder.inject=none: this decoder looks at no reference; leave it out")
         reference = fit(reference, clips, size or clip_size(reference, grid, self.stride_hw), grid)
-        return None if skip else self.encoder(reference)
+        return None if skip else reference
+
+    def _begin(self, pixels: Tensor | None) -> Memory:
+        features = None if pixels is None else self.encoder(pixels)
+        return self.injection.begin(features, lambda number, carried: self._carry(number, carried, pixels))
 
     def _check_keep(self, keep: Tensor, latent: Tensor) -> None:
         _, frames, rows, columns = self.keep_shape(*latent.shape[2:])
@@ -258,13 +264,14 @@ class RefDecoderModel(nn.Module):
     ) -> Tensor:
         """The whole clip where video and references change each other. ``in_pieces``: the finest stages a few frames at a
         time, which bounds memory where there is no gradient."""
+        pixels, reference = reference, None if reference is None else self.encoder(reference)
         for number, stages in self.parts:
             if number is None:
                 x, _ = self._drop(x, None, True, keep, stages)
                 continue
             x, reference = self.injection(number, x, reference)
             if reference is not None:
-                reference = self._carry(number, reference)
+                reference = self._carry(number, reference, pixels)
             if in_pieces and number + 1 == len(self.layout.points):
                 return torch.cat(list(self._pieces(x, stages)), dim=2)
             x, _, _ = self.backbone.run(x, None, True, stages=stages)
@@ -297,11 +304,12 @@ class RefDecoderModel(nn.Module):
         x, rest, _ = self.backbone.run(x, past, first, stages=stages[at + 1 :])
         return x, new | {stage: tuple(kept)} | rest
 
-    def _carry(self, number: int, reference: Float[Tensor, "b c r y x"]) -> Tensor:
+    def _carry(self, number: int, reference: Float[Tensor, "b c r y x"], pixels: Float[Tensor, "b 3 r h w"]) -> Tensor:
         """References from point ``number`` to the next, each by itself through the backbone's stages."""
         _, stages = self.parts[number + 1]
         frames, _, _ = self.backbone.run(fold_frames(reference), None, True, stages=stages)
-        return unfold_frames(frames, len(reference))
+        carried = unfold_frames(frames, len(reference))
+        return carried + self.rereads[number](pixels).to(carried.dtype) if len(self.rereads) else carried
 
 
 def _freeze(module: nn.Module, beginnings: tuple[str, ...]) -> None:

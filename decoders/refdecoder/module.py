@@ -26,7 +26,7 @@ from losses.pixel import l1
 Frames = Literal["random", "first", "last", "ends", "given"]
 CONTROLS = ("without reference", "wrong reference", "plain")
 FRAMES = "reference_frames"  # in a batch: the numbers of the frames that validation took as references, "b r"
-PARTS = {"attention": ("encoder.", "injection."), "decoder": ("backbone.",)}
+PARTS = {"attention": ("encoder.", "rereads.", "injection."), "decoder": ("backbone.",)}
 
 
 @dataclass

@@ -18,19 +18,19 @@ ASPECT_TOLERANCE = 0.02  # a clip's own rounding to multiples of 8 or 16 pixels 
 
 
 class ReferenceEncoder(nn.Module):
-    """RGB "b 3 r h w" in [-1, 1] to features "b c r y x" at the first point where they meet the video.
+    """RGB "b 3 r h w" in [-1, 1] to features "b c r y x" at a point where they meet the video, the first by default.
 
     Pixels folded into channels, a 3x3 convolution, a norm over channels. The paper's text has one strided convolution
     with a patch of 8 for both backbones (App. B.1); the released code folds, then convolves, and folds by 2 for VideoVAE+,
     whose first point has half the video's resolution.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, number: int = 0) -> None:
         super().__init__()
-        first = layout.points[0]
-        self.fold = first.cell
-        self.conv = nn.Conv2d(3 * self.fold**2, first.channels, 3, padding=1)
-        self.norm = ChannelNorm(first.channels) if layout.encoder_norm else nn.Identity()
+        point = layout.points[number]
+        self.fold = point.cell
+        self.conv = nn.Conv2d(3 * self.fold**2, point.channels, 3, padding=1)
+        self.norm = ChannelNorm(point.channels) if layout.encoder_norm else nn.Identity()
         nn.init.xavier_uniform_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 

@@ -292,7 +292,7 @@ def test_the_video_shows_what_was_decoded(folder):
 
 def test_make_hands_the_options_on(tmp_path):
     run = subprocess.run(
-        ["make", "-n", "decode", "exp=x", "in=a b/$c", "out=d", "fps=16", "python=py"],
+        ["make", "--no-print-directory", "-n", "decode", "exp=x", "in=a b/$c", "out=d", "fps=16", "python=py"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert run.stdout.strip() == "py -m experiments.decode 'x' 'fps=16' 'in=a b/$c' 'out=d'"

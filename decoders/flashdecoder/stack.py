@@ -1,6 +1,5 @@
 """A stack of blocks with a rolling window over latent frames, run frame by frame or over a whole clip."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from decoders.flashdecoder import rope
 from decoders.flashdecoder.blocks import Block, KeyValue
+from decoders.layers.tables import kept
 
 Cache = list[tuple[KeyValue, ...]]  # for each layer the frames that later steps may see, oldest first
 
@@ -20,10 +20,9 @@ class Grid(NamedTuple):
     columns: int
 
 
-@lru_cache(maxsize=32)
+@kept(32)
 def _table(times: range, grid: Grid, split: tuple[int, int, int], theta: float, device: torch.device) -> rope.Table:
-    with torch.inference_mode(False):  # a table made during validation is used in training too
-        return rope.table(times, *grid, split, theta, device)
+    return rope.table(times, *grid, split, theta, device)
 
 
 class RollingStack(nn.Module):

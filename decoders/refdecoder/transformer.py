@@ -5,14 +5,13 @@ D = H * d. A token is a patch of one frame. Values and what is left open follow 
 everywhere, q and k normalised over all of D before they are split into heads.
 """
 
-from functools import lru_cache
-
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decoders.layers.tables import kept
 from decoders.refdecoder.layouts import Point
 
 EPS = 1e-6
@@ -55,7 +54,7 @@ def default_split(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def rope_table(
     times: tuple[int, ...], rows: int, columns: int, split: tuple[int, int, int], device: torch.device
 ) -> Table:
@@ -66,23 +65,22 @@ def rope_table(
         rows, columns: the token grid; positions are plain integers from 0.
         split: dimensions that turn with time, height and width.
     """
-    with torch.inference_mode(False):  # a table made during validation is used in training too
-        axes = (torch.tensor(times), torch.arange(rows), torch.arange(columns))
-        angles = [
-            torch.outer(axis.double(), THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim))
-            for axis, dim in zip(axes, split, strict=True)
-        ]
-        shape = (len(times), rows, columns)
-        time, row, column = angles
-        grid = torch.cat(
-            [
-                time[:, None, None].expand(*shape, -1),
-                row[None, :, None].expand(*shape, -1),
-                column[None, None, :].expand(*shape, -1),
-            ],
-            dim=-1,
-        ).reshape(-1, 1, sum(split) // 2)
-        return grid.cos().float().to(device), grid.sin().float().to(device)
+    axes = (torch.tensor(times), torch.arange(rows), torch.arange(columns))
+    angles = [
+        torch.outer(axis.double(), THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim))
+        for axis, dim in zip(axes, split, strict=True)
+    ]
+    shape = (len(times), rows, columns)
+    time, row, column = angles
+    grid = torch.cat(
+        [
+            time[:, None, None].expand(*shape, -1),
+            row[None, :, None].expand(*shape, -1),
+            column[None, None, :].expand(*shape, -1),
+        ],
+        dim=-1,
+    ).reshape(-1, 1, sum(split) // 2)
+    return grid.cos().float().to(device), grid.sin().float().to(device)
 
 
 def rotate(x: Float[Tensor, "b s H d"], table: Table) -> Float[Tensor, "b s H d"]:

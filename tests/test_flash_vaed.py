@@ -87,7 +87,7 @@ def test_any_student_streams_its_whole_clip(teacher, latents, operators, keep):
         ({"keep": {"up4": 0.5}}, "no such stage; there are mid, up0"),
         ({"keep": {"up2": 0.0}}, "must lie above 0"),
         ({"keep": {"mid": 0.5}}, "only stages behind an upsampling can be pruned"),
-        ({"operators": {"up2": "sparse"}}, "none of dense, depthwise, frame"),
+        ({"operators": {"up2": "sparse"}}, "none of dense, depthwise, depthwise5, frame"),
         ({"layout": "wan3"}, "none of wan21, wan22"),
     ],
 )
@@ -306,3 +306,43 @@ def test_objectives_that_cannot_work_are_refused():
         load("flash_vaed_debug", ["objective.teacher=null"])
     with pytest.raises(ConfigError, match="objective.crop=8"):
         load("flash_vaed_debug", ["objective.crop=8"])
+
+
+def test_turbo_vaeds_layout_learns_from_a_teacher_of_another_width(runs_root: Path):
+    """Its own operators, upsampling and widths; features through trained projections that inference does not have."""
+    turbo = [
+        "decoder.dim=8",
+        "decoder.operators={mid: depthwise5, up0: depthwise5, up1: frame, up2: frame, up3: frame}",
+        "decoder.keep={up2: 1.0, up3: 1.0}",
+        "decoder.upsample=shuffle",
+        "objective={teacher: random, start: null, taps: [mid, up1, up3], match: projected}",
+    ]
+    experiment = load("flash_vaed_debug", turbo)
+    decoder = build_decoder(experiment, build_space(experiment))
+    kernels = {m.depthwise.kernel_size for m in decoder.model.stages["up0"].modules() if hasattr(m, "depthwise")}
+    assert kernels == {(5, 5, 5)}
+    assert not any(name.startswith("projections") for name in decoder.inference_parameters())
+    batch = decoder.with_latent({"video": torch.rand(1, 3, 9, 32, 48) * 2 - 1, "key": ["a"]})
+    decoder.log_dict = lambda *_: None
+    decoder.losses(batch)["guidance"].backward()
+    assert all(p.grad.abs().sum() > 0 for p in decoder.projections.parameters())
+    assert decoder.model.stages["up0"].layers[0].conv1.depthwise.weight.grad.abs().sum() > 0
+    model, latent = decoder.model, batch["latent"]
+    state = model.start_stream(1, 32, 48)
+    streamed = torch.cat([model.step_stream(frame, state) for frame in latent.unbind(2)], 2)
+    with torch.no_grad():
+        torch.testing.assert_close(streamed, model(latent).clamp(-1, 1), atol=1e-4, rtol=0)
+    train(experiment, "flash_vaed_debug", turbo)
+    with pytest.raises(ConfigError, match="no computed start"):
+        bad = load("flash_vaed_debug", [*turbo[:4]])
+        from experiments.train import build
+
+        build(bad)
+
+
+def test_turbo_on_wan21_is_what_its_header_says():
+    experiment = load("flash_vaed_wan21_turbo")
+    with torch.device("meta"):
+        student = build_student(experiment.decoder, 16, 4, 8)
+    assert [student.out_channels(f"up{n}") for n in range(4)] == [128, 128, 64, 64]
+    assert not student.has_computed_start

@@ -7,6 +7,7 @@ The defaults are the released student of Wan 2.1 (arXiv 2602.19161), 5.86 M para
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from decoders.backbones.ltx import LTXConfig
 from decoders.backbones.wan import LAYOUTS, WanConfig
@@ -30,8 +31,9 @@ class FlashVaedConfig:
             "up2": "frame",
             "up3": "frame",
         }
-    )  # stage -> dense (causal 3D), depthwise (separable, causal 3D), frame (2D)
+    )  # stage -> dense (causal 3D), depthwise (separable, causal 3D), depthwise5 (the same, 5 taps), frame (2D)
     keep: dict[str, float] = field(default_factory=lambda: {"up2": 0.125, "up3": 0.125})  # stage -> share of channels
+    upsample: Literal["repeat", "shuffle"] = "repeat"  # how pixels are doubled; shuffle is Turbo-VAED's
     checkpointing: bool = False  # recompute blocks in the backward pass
 
     def __post_init__(self) -> None:
@@ -41,6 +43,8 @@ class FlashVaedConfig:
         if self.dim is not None and self.dim < 2:
             raise ValueError(f"decoder.dim={self.dim} must be 2 or more, or null for the layout's own")
         if self.layout == "ltx":
+            if self.upsample != "repeat":
+                raise ValueError("decoder.upsample=shuffle is for Wan's layouts; LTX's students keep the teacher's")
             plan(LTXConfig(), self.operators, self.keep)
         else:
             check_plan(STAGES, self.operators, self.keep)
@@ -77,7 +81,9 @@ def teacher_layout(config: FlashVaedConfig, channels: int, stride_t: int, stride
 def build_student(config: FlashVaedConfig, channels: int, stride_t: int, stride_hw: int) -> WanStudent | LTXStudent:
     """The student with random weights; ``calibrate.py`` and ``calibrate_ltx.py`` fill it from a teacher."""
     layout = teacher_layout(config, channels, stride_t, stride_hw)
-    kind = LTXStudent if isinstance(layout, LTXConfig) else WanStudent
-    student = kind(layout, config.operators, config.keep)
+    if isinstance(layout, LTXConfig):
+        student: WanStudent | LTXStudent = LTXStudent(layout, config.operators, config.keep)
+    else:
+        student = WanStudent(layout, config.operators, config.keep, config.upsample)
     student.set_checkpointing(config.checkpointing)
     return student

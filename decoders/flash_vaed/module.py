@@ -5,13 +5,13 @@ A phase is an experiment: which terms have which weights, what starts the studen
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.batch import VideoBatch, batch_size, counted
 from decoders import terms
@@ -21,9 +21,10 @@ from decoders.flash_vaed import calibrate, calibrate_ltx
 from decoders.flash_vaed.cache import TeacherCache
 from decoders.flash_vaed.calibrate import PruneConfig, Statistics
 from decoders.flash_vaed.ltx_student import LTXStudent
-from decoders.flash_vaed.model import FlashVaedConfig, build_student
+from decoders.flash_vaed.model import FlashVaedConfig, build_student, teacher_layout
 from decoders.flash_vaed.statistics import ChannelStatistics
 from decoders.flash_vaed.teacher import load_teacher
+from decoders.flash_vaed.wan_student import stage_channels
 from decoders.latent_spaces.base import LatentSpace
 from decoders.training import TrainingConfig
 from losses.distillation import RunningScale, feature_mse
@@ -44,7 +45,9 @@ class FlashVaedObjective:
     taps: list[str] = field(
         default_factory=lambda: ["mid", "up0", "up1", "up2", "up3"]
     )  # stages whose features are followed
-    match: Literal["kept", "reconstructed"] = "kept"  # the teacher's kept channels, or all of them through W
+    # What a tap is compared with: the teacher's kept channels; all of them, from the student's through W; or all of them, from
+    # the student's through two trained 1x1x1 convolutions (Turbo-VAED), for students of another width.
+    match: Literal["kept", "reconstructed", "projected"] = "kept"
     feed: Literal["student", "teacher"] = (
         "student"  # whose features each followed stage reads: its own, or the teacher's
     )
@@ -58,6 +61,10 @@ class FlashVaedObjective:
     crop: int | None = None  # LPIPS sees random crops of this side; null: whole frames
 
     def __post_init__(self) -> None:
+        if self.match == "projected" and (self.feed == "teacher" or self.start is not None):
+            raise ValueError(
+                "objective.match=projected is for students of their own: set objective.feed=student and start=null"
+            )
         if self.crop is not None and self.crop < 16:
             raise ValueError(f"objective.crop={self.crop} must be 16 or more, or null for whole frames")
         if self.teacher is None and (self.start is not None or self.target == "teacher"):
@@ -89,6 +96,23 @@ class FlashVaed(VideoDecoder):
             self.terms |= {"guidance"}
             if unknown := sorted(set(objective.taps) - set(self.model.stages)):
                 raise ValueError(f"objective.taps: no stage {unknown[0]}; there are {', '.join(self.model.stages)}")
+        if objective.start is not None and not getattr(self.model, "has_computed_start", True):
+            raise ValueError(
+                "decoder.operators=depthwise5 and upsample=shuffle have no computed start; set objective.start=null"
+            )
+        self._teacher_layout = self.model.layout
+        self.projections = nn.ModuleDict()
+        if objective.teacher is not None and objective.match == "projected":
+            if isinstance(self.model, LTXStudent):
+                raise ValueError("objective.match=projected is for Wan's layouts")
+            space = (latent_space.channels, latent_space.stride_t, latent_space.stride_hw)
+            self._teacher_layout = teacher_layout(replace(config, dim=None), *space)
+            self.discriminators = ("projections",)  # trained, and not needed at inference
+            for tap in objective.taps:
+                given = stage_channels(self.model.layout, tap) if tap == "mid" else self.model.out_channels(tap)
+                wanted = stage_channels(self._teacher_layout, tap)
+                layers = (nn.Conv3d(given, wanted, 1), nn.SiLU(), nn.Conv3d(wanted, wanted, 1))
+                self.projections[tap] = nn.Sequential(*layers)
         self._scale = RunningScale()
         self._teacher: list[StagedDecoder] = []  # in a list, so that it is no submodule
         self._lpips: Lpips | None = None
@@ -105,7 +129,7 @@ class FlashVaed(VideoDecoder):
     def teacher(self) -> StagedDecoder:
         """The frozen teacher, on this module's device; read when it is first needed."""
         if not self._teacher:
-            self._teacher.append(load_teacher(self.objective.teacher, self.model.layout))
+            self._teacher.append(load_teacher(self.objective.teacher, self._teacher_layout))
         teacher = self._teacher[0]
         if next(teacher.parameters()).device != self.device:
             teacher.to(self.device)
@@ -237,7 +261,9 @@ class FlashVaed(VideoDecoder):
             if self.objective.feed == "teacher":
                 before = names[names.index(tap) - 1]
                 own, _, _ = self.model.run(self._kept(taught[before], before), None, True, (), (tap,))
-            if self.objective.match == "reconstructed":
+            if self.objective.match == "projected":
+                losses[tap] = feature_mse(self.projections[tap](own), taught[tap])
+            elif self.objective.match == "reconstructed":
                 losses[tap] = feature_mse(self._reconstructed(own, tap), taught[tap])
             else:
                 losses[tap] = feature_mse(own, self._kept(taught[tap], tap))

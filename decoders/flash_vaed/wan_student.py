@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from decoders.backbones.staged import StagedDecoder
 from decoders.backbones.wan import WanConfig
@@ -17,7 +18,32 @@ from decoders.backbones.wan_layers import FrameAttention, NormConv, ResBlock, Re
 from decoders.flash_vaed.prune import kept_count
 from decoders.layers.causal_conv import CausalConv3d, Chain, DepthwiseSeparableConv3d, FrameConv2d, Past
 
-OPERATORS = {"dense": CausalConv3d, "depthwise": DepthwiseSeparableConv3d, "frame": FrameConv2d}
+
+class WideSeparableConv3d(DepthwiseSeparableConv3d):
+    """Depthwise-separable with 5 x 5 x 5 taps where 3 x 3 x 3 are asked for, as Turbo-VAED's deep stages."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3) -> None:
+        super().__init__(in_channels, out_channels, 5 if kernel == 3 else kernel)
+
+
+class ShuffleUpsample(Upsample):
+    """Twice the pixels out of channels (a convolution to four times as many), in place of repeating them; time as before."""
+
+    def __init__(self, in_channels: int, out_channels: int, temporal: bool) -> None:
+        super().__init__(in_channels, out_channels, temporal)
+        self.conv = nn.Conv2d(in_channels, 4 * out_channels, 3, padding=1)
+
+    def _enlarge(self, frames: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv(frames), 2)
+
+
+OPERATORS = {
+    "dense": CausalConv3d,
+    "depthwise": DepthwiseSeparableConv3d,
+    "depthwise5": WideSeparableConv3d,
+    "frame": FrameConv2d,
+}
+UPSAMPLES = {"repeat": Upsample, "shuffle": ShuffleUpsample}
 
 
 class ProjectedUp(Chain):
@@ -39,16 +65,19 @@ class WanStudent(StagedDecoder):
 
     Args:
         layout: the teacher's.
-        operators: stage -> dense, depthwise or frame; dense where a stage is not named.
+        operators: stage -> dense, depthwise, depthwise5 or frame; dense where a stage is not named.
         keep: stage -> share of its channels, input and output, that are kept; 1 where a stage is not named. Only stages
             whose input comes from an upsampling convolution (up1 and later) can be pruned.
+        upsample: how pixels are doubled: repeat (and convolve, as the teacher) or shuffle.
 
     Attributes:
         widths: stage -> channels that it reads and writes, and the teacher's for both.
     """
 
-    def __init__(self, layout: WanConfig, operators: Mapping[str, str], keep: Mapping[str, float]) -> None:
-        self.layout = layout
+    def __init__(
+        self, layout: WanConfig, operators: Mapping[str, str], keep: Mapping[str, float], upsample: str = "repeat"
+    ) -> None:
+        self.layout, self.upsample = layout, upsample
         names = ["mid", *(f"up{number}" for number in range(len(layout.dim_mult)))]
         check_plan(names, operators, keep)
         teacher = [layout.dim * mult for mult in (layout.dim_mult[-1], *reversed(layout.dim_mult))]
@@ -80,7 +109,7 @@ class WanStudent(StagedDecoder):
                 continue
             full = teacher[number + 1] // (1 if layout.residual else 2)
             out = kept_count(full, keep.get(after, 1.0))
-            up = Upsample(width, out, doubled)
+            up = UPSAMPLES[upsample](width, out, doubled)
             if not layout.residual:
                 stages[name] = Chain(*blocks, up)
             elif pruned or out < full:
@@ -101,11 +130,26 @@ class WanStudent(StagedDecoder):
     def out_channels(self, stage: str) -> int:
         """Channels that a stage gives."""
         last = self.stages[stage].layers[-1]
-        return last.conv.out_channels if isinstance(last, Upsample) else last.norm2.gain.shape[0]
+        if isinstance(last, Upsample):
+            return last.conv.out_channels // (4 if isinstance(last, ShuffleUpsample) else 1)
+        return last.norm2.gain.shape[0]
+
+    @property
+    def has_computed_start(self) -> bool:
+        """Whether its weights can be computed from a teacher's: not those of Turbo-VAED's operators."""
+        return self.upsample == "repeat" and "depthwise5" not in self.operators.values()
 
     def finish(self, x: Tensor) -> Tensor:
         p = self.layout.patch
         return rearrange(x, "b (c q p) t h w -> b c t (h p) (w q)", p=p, q=p)
+
+
+def stage_channels(layout: WanConfig, stage: str) -> int:
+    """Channels that a stage of an unpruned decoder gives: mid, up0, ..."""
+    widths = [layout.dim * mult for mult in (layout.dim_mult[-1], *reversed(layout.dim_mult))]
+    number = 0 if stage == "mid" else int(stage.removeprefix("up")) + 1
+    halved = not layout.residual and 0 < number <= len(layout.temporal)
+    return widths[number] // (2 if halved else 1)
 
 
 def check_plan(names: list[str], operators: Mapping[str, str], keep: Mapping[str, float]) -> None:

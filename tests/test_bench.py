@@ -1,7 +1,8 @@
 """The benchmark measures what it says: numbers by hand, arithmetic, peak memory, and one real run end to end."""
 
-import ctypes
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from experiments.bench import (
 from experiments.bench_worker import Bench, Float32Arithmetic, Job
 from experiments.compose import ConfigError
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 ABOUT = {"parameters": 10, "weights_bytes": 2**30, "streams": True}
 
@@ -127,13 +129,24 @@ def test_float32_arithmetic_only_widens_the_products(layout: str, bias: bool):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_sees_what_was_freed():
-    ctypes.CDLL(None).malloc_trim(0)  # as measuring does: else what earlier tests freed would serve
-    before = bench_worker.memory(CPU)
-    bench_worker.reset_peak(CPU)
-    torch.ones(64 * 2**20, dtype=torch.uint8)
-    assert 60 * 2**20 < bench_worker.peak_memory(CPU) - before < 100 * 2**20
-    bench_worker.reset_peak(CPU)
-    assert bench_worker.peak_memory(CPU) - before < 30 * 2**20
+    """In a process of its own, as measuring does: the allocator of one that ran a thousand tests keeps what it likes."""
+    found = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    while_there, afterwards = (int(number) for number in found.split())
+    assert 60 * 2**20 < while_there < 100 * 2**20
+    assert afterwards < 30 * 2**20
+
+
+PEAK = """
+import torch
+from experiments import bench_worker as worker
+cpu = torch.device("cpu")
+before = worker.memory(cpu)
+worker.reset_peak(cpu)
+torch.ones(64 * 2**20, dtype=torch.uint8)
+there = worker.peak_memory(cpu) - before
+worker.reset_peak(cpu)
+print(there, worker.peak_memory(cpu) - before)
+"""
 
 
 def job(experiment: str = "flashdecoder_debug", **changes) -> Job:

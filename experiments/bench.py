@@ -11,7 +11,6 @@ Options are overrides under ``bench.``; all others change the experiment:
     make bench exp=flashdecoder_xl_stage1 bench.sizes=[[480,832],[720,1280]] bench.num_frames=25 bench.dtype=bf16
 """
 
-import json
 import math
 import multiprocessing
 import platform
@@ -33,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.bench_worker import DTYPES, Job, matmul_rate, serve
 from experiments.compose import ConfigError, parse_overrides, run_cli
 from experiments.config import build_space, load
+from experiments.measured import heading, write
 from experiments.show import table
 
 PEERS = {"wan21": "diffusers Wan 2.1", "wan22": "diffusers Wan 2.2"}
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
     config = options([text for text in overrides if text.startswith("bench.")])
     experiment = tuple(text for text in overrides if not text.startswith("bench."))
     result = bench(name, experiment, config)
-    path = write(result, config)
+    path = write("bench", result, config.results, config.dtype, *["compiled"] * config.compile)
     print(report(result), f"\nwritten to {path}", sep="")
 
 
@@ -309,28 +309,12 @@ def device_name(device: str) -> str:
 # --- telling ----------------------------------------------------------------------------------------------------------
 
 
-def write(result: dict[str, Any], config: BenchConfig) -> Path:
-    """One file per experiment, device, precision and compile or not; a later run replaces it."""
-    name = "-".join(["bench", result["experiment"], result["device"], config.dtype, *["compiled"] * config.compile])
-    path = Path(config.results) / (re.sub(r"[^\w.+-]+", "-", name).lower() + ".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
-
-
 def report(result: dict[str, Any]) -> str:
     """The table of every size and its ratios, as printed."""
     options = result["options"]
-    compute = options["dtype"]
-    if result["arithmetic"] != options["dtype"]:
-        compute += f" in memory, arithmetic in {result['arithmetic']}"
-    if result["matmul_gflops_per_s"]:
-        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in result["matmul_gflops_per_s"].items())
-        compute += f" (matrix products here, GFLOP/s: {rates})"
-    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
-    threads = f", {result['threads']} threads" if result["threads"] else ""
+    machine, compute = heading(result)
     lines = [
-        f"{result['device']}{threads}; {versions}; {result['date']}",
+        machine,
         f"{compute}; compile {'on' if options['compile'] else 'off'}; random weights; batch {options['batch_size']}; "
         f"{options['num_frames']} frames; warm-up: {WARM_UP['cuda' if result['threads'] is None else 'cpu']}",
     ]

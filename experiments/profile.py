@@ -10,9 +10,7 @@ Options are overrides under ``profile.``; all others change the experiment:
     make profile exp=flash_vaed_wan21_phase1 profile.sizes=[[480,832]] profile.dtype=fp32
 """
 
-import json
 import platform
-import re
 import statistics
 import sys
 import time
@@ -22,7 +20,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -34,6 +31,7 @@ from experiments.bench import check_length, choose_arithmetic, device_name, find
 from experiments.bench_worker import DTYPES, LAYOUTS, Float32Arithmetic
 from experiments.compose import ConfigError, run_cli
 from experiments.config import build_decoder, build_space, load
+from experiments.measured import heading, write
 from experiments.show import table
 
 OUTSIDE = "between stages"  # latents denormalised, frames clamped and put together
@@ -84,7 +82,7 @@ def main(arguments: list[str]) -> None:
     name, *overrides = arguments
     config = options([text for text in overrides if text.startswith("profile.")], ProfileConfig, "profile")
     result = profile(name, tuple(text for text in overrides if not text.startswith("profile.")), config)
-    path = write(result, config)
+    path = write("profile", result, config.results, config.dtype)
     print(report(result), f"\nwritten to {path}", sep="")
 
 
@@ -285,27 +283,13 @@ def _clock(device: torch.device) -> Callable[[], float]:
 # --- telling ----------------------------------------------------------------------------------------------------------
 
 
-def write(result: dict[str, Any], config: ProfileConfig) -> Path:
-    """One file per experiment, device and precision; a later run replaces it."""
-    name = "-".join(["profile", result["experiment"], result["device"], config.dtype])
-    path = Path(config.results) / (re.sub(r"[^\w.+-]+", "-", name).lower() + ".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
-
-
 def report(result: dict[str, Any]) -> str:
     """The tables of every size, as printed."""
     options = result["options"]
-    compute = options["dtype"]
-    if result["arithmetic"] != options["dtype"]:
-        compute += f" in memory, arithmetic in {result['arithmetic']}"
-    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in result["matmul_gflops_per_s"].items())
-    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
-    threads = f", {result['threads']} threads" if result["threads"] else ""
+    machine, compute = heading(result)
     lines = [
-        f"{result['device']}{threads}; {versions}; {result['date']}",
-        f"{compute}{f' (matrix products here, GFLOP/s: {rates})' if rates else ''}; random weights; batch "
+        machine,
+        f"{compute}; random weights; batch "
         f"{options['batch_size']}; {options['num_frames']} frames; medians of {options['rounds']} rounds",
     ]
     for size in result["sizes"]:

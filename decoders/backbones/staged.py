@@ -7,6 +7,7 @@ one call per latent frame with the same weights and the caller's own state, so t
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -136,15 +137,7 @@ class StagedDecoder(nn.Module):
     @torch.no_grad()
     def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: ConvStream) -> Float[Tensor, "b 3 k h w"]:
         """The frames of the next latent frame, clamped: one for the first, then ``stride_t`` for each."""
-        if state.ended:
-            raise ValueError("this stream has ended; start another with start_stream")
-        rows, columns = (-(-side // self.stride_hw) for side in (state.height, state.width))
-        expected = (state.batch_size, self.channels, rows, columns)
-        if tuple(latent_frame.shape) != expected:
-            raise ValueError(
-                f"latent frame of shape {tuple(latent_frame.shape)}, but this stream of {state.batch_size} x "
-                f"{state.height}x{state.width} pixels takes {expected} (b c y x)"
-            )
+        check_frame(latent_frame, state, self.channels, self.stride_hw)
         x = self.denormalise(latent_frame.unsqueeze(2))
         x, state.past, _ = self.run(x, state.past, not state.started)
         state.started = True
@@ -154,6 +147,29 @@ class StagedDecoder(nn.Module):
         """Close the stream. Nothing is ever pending: every step returns all of its frames."""
         state.ended, state.past = True, None
         return self.latent_mean.new_zeros(state.batch_size, 3, 0, state.height, state.width)
+
+
+@runtime_checkable
+class StreamClock(Protocol):
+    """What a stream of any decoder says of itself."""
+
+    batch_size: int
+    height: int
+    width: int
+    ended: bool
+
+
+def check_frame(latent_frame: Tensor, state: StreamClock, channels: int, stride_hw: int) -> None:
+    """Raise ValueError for a stream that has ended, or a latent frame "b c y x" of another shape than it takes."""
+    if state.ended:
+        raise ValueError("this stream has ended; start another with start_stream")
+    rows, columns = (-(-side // stride_hw) for side in (state.height, state.width))
+    expected = (state.batch_size, channels, rows, columns)
+    if tuple(latent_frame.shape) != expected:
+        raise ValueError(
+            f"latent frame of shape {tuple(latent_frame.shape)}, but this stream of {state.batch_size} x "
+            f"{state.height}x{state.width} pixels takes {expected} (b c y x)"
+        )
 
 
 def _tensors(past: Past) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from decoders.backbones.staged import StagedDecoder
+from decoders.backbones.staged import StagedDecoder, check_frame
 from decoders.layers.causal_conv import Chain, Past
 from decoders.refdecoder.config import RefDecoderConfig
 from decoders.refdecoder.injection import ControlBranch, JointAttention, Memory
@@ -178,15 +178,7 @@ class RefDecoderModel(nn.Module):
     @torch.no_grad()
     def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: RefStream) -> Float[Tensor, "b 3 k h w"]:
         """The frames of the next latent frame, clamped: one for the first, then ``stride_t`` for each."""
-        if state.ended:
-            raise ValueError("this stream has ended; start another with start_stream")
-        rows, columns = (-(-side // self.stride_hw) for side in (state.height, state.width))
-        expected = (state.batch_size, self.channels, rows, columns)
-        if tuple(latent_frame.shape) != expected:
-            raise ValueError(
-                f"latent frame of shape {tuple(latent_frame.shape)}, but this stream of {state.batch_size} x "
-                f"{state.height}x{state.width} pixels takes {expected} (b c y x)"
-            )
+        check_frame(latent_frame, state, self.channels, self.stride_hw)
         x = self.backbone.denormalise(latent_frame.unsqueeze(2))
         video, state.past, state.memory = self._advance(x, state.past, not state.started, state.memory)
         state.started = True

@@ -1,0 +1,27 @@
+"""What ``bench`` and ``profile`` say alike of a measurement: the file it goes to, and where it was made."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+
+def write(kind: str, result: dict[str, Any], folder: str, *marks: str) -> Path:
+    """``result`` as JSON in ``folder``: one file per kind, experiment, device and ``marks``; a later run replaces it."""
+    name = "-".join([kind, result["experiment"], result["device"], *marks])
+    path = Path(folder) / (re.sub(r"[^\w.+-]+", "-", name).lower() + ".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def heading(result: dict[str, Any]) -> tuple[str, str]:
+    """One line on the machine, versions and date; and the arithmetic with the machine's own rates beside it."""
+    dtype = result["options"]["dtype"]
+    compute = dtype if result["arithmetic"] == dtype else f"{dtype} in memory, arithmetic in {result['arithmetic']}"
+    if result["matmul_gflops_per_s"]:
+        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in result["matmul_gflops_per_s"].items())
+        compute += f" (matrix products here, GFLOP/s: {rates})"
+    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+    threads = f", {result['threads']} threads" if result["threads"] else ""
+    return f"{result['device']}{threads}; {versions}; {result['date']}", compute

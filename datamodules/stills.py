@@ -25,6 +25,15 @@ def load_image(path: str) -> UInt8[np.ndarray, "1 h w 3"]:
         raise BadFile(f"not a readable image: {error}".replace(path, "file"), path) from None
 
 
+def tell_fit(path: str, size: tuple[int, int]) -> str:
+    """What ``stretch`` does to an image that was read before: nothing, or from which size, and how far its shape changes."""
+    h, w = load_image(path).shape[1:3]
+    if (h, w) == size:
+        return ""
+    off = abs(size[1] * h / (size[0] * w) - 1)
+    return f" (resized from {h}x{w}" + (f", its aspect ratio changed by {off:.0%}" if off >= 0.005 else "") + ")"
+
+
 def load_reference(
     path: str, size: tuple[int, int], fit: Literal["stretch", "crop"] = "stretch"
 ) -> Float[Tensor, "3 1 h w"]:

@@ -31,7 +31,7 @@ from datamodules.config import SourceConfig
 from datamodules.latents import LatentHeader, find_reference, load_latent
 from datamodules.probe import BadFile
 from datamodules.sources import SourceError, find_files
-from datamodules.stills import load_reference
+from datamodules.stills import load_reference, tell_fit
 from decoders.base import VideoDecoder, key_seed
 from experiments.callbacks import to_uint8
 from experiments.checkpoints import DiskFull, load_weights, write_atomically
@@ -180,7 +180,7 @@ def decode_file(decoder: VideoDecoder, job: Job, config: DecodeConfig, autocast:
     frames = to_uint8(video[0].cpu())
     write_atomically(job.video, lambda temporary: write_video(temporary, frames, fps, config.crf))
     shown = f"{t} frames of {height}x{width}, {fps:g} fps, seed {seed}, " + (
-        f"reference {path}" if path else "no reference"
+        f"reference {path}{tell_fit(path, (height, width))}" if path else "no reference"
     )
     return Outcome(job.path, str(job.video), "decoded", shown, seed, path)
 

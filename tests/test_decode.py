@@ -18,6 +18,7 @@ from video_files import cut
 
 from datamodules.latents import save_latent
 from datamodules.procedural import draw_frames
+from datamodules.stills import tell_fit
 from decoders.base import key_seed
 from decoders.latent_spaces.dct import DCT, DCTConfig
 from experiments import decode
@@ -296,3 +297,10 @@ def test_make_hands_the_options_on(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert run.stdout.strip() == "py -m experiments.decode 'x' 'fps=16' 'in=a b/$c' 'out=d'"
+
+
+def test_a_reference_of_another_shape_is_told(tmp_path):
+    for name, (height, width) in (("same", (32, 48)), ("larger", (64, 96)), ("tall", (400, 100))):
+        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    said = [tell_fit(str(tmp_path / f"{name}.png"), (32, 48)) for name in ("same", "larger", "tall")]
+    assert said == ["", " (resized from 64x96)", " (resized from 400x100, its aspect ratio changed by 500%)"]

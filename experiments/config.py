@@ -94,11 +94,12 @@ class Experiment:
                 raise ValueError(
                     f"loss_weights.{term}={weight} must be a number, or {{start: 0, end: 1, to_step: 1000}}"
                 )
-        if self.init_from and getattr(self.objective, "start", None) is not None:
-            raise ValueError(
-                f"init_from={self.init_from} and objective.start both say where the weights come from, and the second would win; set "
-                "objective.start=null"
-            )
+        for other in ("start", "transformer"):
+            if self.init_from and getattr(self.objective, other, None) is not None:
+                raise ValueError(
+                    f"init_from={self.init_from} and objective.{other} both say where the weights come from, and the second would "
+                    f"win; set objective.{other}=null"
+                )
         # Whether the terms are the family's own is asked when the family is built; here only whether they can be read.
         check_loss_weights(self.loss_weights, frozenset(self.loss_weights))
 

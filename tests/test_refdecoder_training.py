@@ -274,6 +274,8 @@ def test_two_sources_of_weights_are_refused():
     with pytest.raises(ConfigError, match="objective.start"):
         load(DEBUG, ["init_from=refdecoder_debug"])
     load(DEBUG, ["init_from=refdecoder_debug", "objective.start=null"])
+    with pytest.raises(ConfigError, match="objective.transformer"):
+        load(DEBUG, ["init_from=refdecoder_debug", "objective.start=null", "objective.transformer=t2v"])
 
 
 def test_every_experiment_of_the_curriculum_has_its_stages():

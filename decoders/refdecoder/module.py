@@ -83,9 +83,7 @@ class RefDecoder(VideoDecoder):
 
     Config = RefDecoderConfig
     Objective = RefDecoderObjective
-    terms_may_be_absent = (
-        True  # and their gradients: without a reference its encoder has none, images pass no time_conv
-    )
+    terms_may_be_absent = True  # and their gradients: without a reference its encoder has none
     terms = frozenset({"l1", "lpips"})
 
     def __init__(

@@ -6,7 +6,6 @@ them under the same names; ``encode`` where it trains an encoder; ``param_groups
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from hashlib import sha256
 from statistics import fmean
 from typing import Any
@@ -18,17 +17,15 @@ from torch import Tensor, nn
 
 import metrics
 from datamodules.batch import VideoBatch, batch_size
+from decoders import optimisation
 from decoders.ema import Ema
 from decoders.latent_spaces.base import LatentSpace, pad_to_valid
 from decoders.training import TrainingConfig, check_loss_weights, loss_weight
 
+Method = Callable[[VideoBatch], Tensor | None]
 Row = dict[str, Any]  # one clip by one method: stream, key, frames, height, width and the mean score of every metric
 DECODER = "decoder"  # the method's name in rows that are the decoder's own
 PER_FRAME = "per_frame"  # in a row: metric -> the score of every frame; in_<group> -> 1 for every frame in it, else 0
-
-
-class TrainingDiverged(RuntimeError):
-    """A gradient is not finite. The weights are those before the step; nothing was saved after it."""
 
 
 def key_seed(key: str, seed: int) -> int:
@@ -66,7 +63,7 @@ class VideoDecoder(LightningModule):
         self.batches_seen = 0
         self.ema: Ema | None = None
         self._restored_ema: dict[str, Tensor] | None = None
-        self.references: dict[str, Callable[[VideoBatch], Tensor]] = {}  # other methods that validation scores too
+        self.references: dict[str, Method] = {}  # other methods that validation scores too
         self._metrics: list | None = None
         self._rows: list[Row] = []
         self._swapped = ExitStack()  # holds the EMA weights in place during validation
@@ -114,12 +111,31 @@ class VideoDecoder(LightningModule):
             raise TypeError(f"{type(self).__name__} cannot stream: use decode on the whole clip")
         return self.model
 
-    def own_references(self) -> dict[str, Callable[[VideoBatch], Tensor]]:
-        """Other methods that this family is judged beside on the same clips (a teacher): name -> batch to video."""
+    def own_references(self) -> dict[str, Method]:
+        """Other methods that this family is judged beside on the same clips (a teacher): name -> batch to video, or to
+        None for clips that it does not apply to."""
+        return {}
+
+    def decoding(self, stream: str) -> dict[str, Any]:
+        """What of a score on this validation stream is a choice of how to decode: a part of its protocol."""
+        return {}
+
+    def sampling(self, batch: VideoBatch) -> dict[str, Any]:
+        """Further arguments of ``decode`` in validation, such as a number of steps."""
         return {}
 
     def frame_groups(self, batch: VideoBatch) -> dict[str, Tensor]:
         """Frames that are also scored by themselves: name -> bool "b t", some true in every clip. Columns: psnr_<name>."""
+        return {}
+
+    def take_start(self) -> str | None:
+        """Give the network the pretrained weights that its training starts from, without any data, and say where they are
+        from. None: there are no such weights, and it is left as it is."""
+        return None
+
+    def tokens(self, n: int, y: int, x: int) -> dict[str, int]:
+        """Tokens that pass the network's attention for a clip of n latent frames of y by x: place -> number (of several
+        sequences at one place, all). Empty: the latent's positions, as ``size_multiple`` folds them."""
         return {}
 
     @property
@@ -137,6 +153,12 @@ class VideoDecoder(LightningModule):
         return bool(self.discriminators)
 
     # ---- latents
+
+    @classmethod
+    def encoded_frames(cls, space: LatentSpace, objective: Any, where: str, num_frames: int) -> int:
+        """How many frames of a clip of the stream ``where`` ("data.train.NAME") are encoded at once: which decides the
+        lengths that a stream may have. All of them, unless some are only targets."""
+        return num_frames
 
     def encode(
         self, video: Float[Tensor, "b 3 t h w"], *, sample: bool = False, generator: torch.Generator | None = None
@@ -156,7 +178,7 @@ class VideoDecoder(LightningModule):
         """
         space = self.latent_space
         if self.training_config.pad == "replicate":
-            return pad_to_valid(video, space.stride_t, self.size_multiple, space.causal)
+            return pad_to_valid(video, space, self.size_multiple)
         space.check(*video.shape[2:])  # the more specific error, where it has one
         if video.shape[-2] % self.size_multiple or video.shape[-1] % self.size_multiple:
             m, (h, w) = self.size_multiple, video.shape[-2:]
@@ -215,52 +237,14 @@ class VideoDecoder(LightningModule):
         return total
 
     def configure_optimizers(self) -> dict:
-        optim = self.training_config.optim
-        groups = [part for group in self.param_groups() for part in self._decay_parts(group)]
-        unknown = optim.groups.keys() - {group["name"] for group in groups}
-        if unknown:
-            names = sorted({group["name"] for group in groups})
-            raise ValueError(f"optim.groups.{sorted(unknown)[0]} names no parameter group (there are: {names})")
-        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=optim.fused)
-        steps = self.training_config.max_steps
-        factors = [partial(optim.lr_factor, max_steps=steps, group=group["name"]) for group in groups]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _decay_parts(self, group: dict) -> list[dict]:
-        """A named group as AdamW groups: matrices decay, gains and biases do not."""
-        optim = self.training_config.optim
-        own = optim.groups.get(group["name"])
-        options = {"name": group["name"], "grad_clip": optim.grad_clip, "lr": optim.lr, "betas": optim.betas}
-        decay = optim.weight_decay
-        if own is not None:
-            options |= {k: getattr(own, k) for k in ("lr", "betas", "grad_clip") if getattr(own, k) is not None}
-            decay = decay if own.weight_decay is None else own.weight_decay
-        parts = (
-            [p for p in group["params"].values() if p.ndim > 1],
-            [p for p in group["params"].values() if p.ndim <= 1],
+        optimizer, schedule = optimisation.build(
+            self.param_groups(), self.training_config.optim, self.training_config.max_steps
         )
-        return [{**options, "params": p, "weight_decay": d} for p, d in zip(parts, (decay, 0.0), strict=True) if p]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip every named group on its own, and refuse a gradient that is not finite before it reaches the weights."""
-        groups: dict[str, tuple[list[Tensor], float | None]] = {}
-        for group in optimizer.param_groups:
-            groups.setdefault(group["name"], ([], group["grad_clip"]))[0].extend(
-                p for p in group["params"] if p.grad is not None
-            )
-        norms = {}
-        for name, (parameters, largest) in groups.items():
-            if parameters:
-                limit = float("inf") if largest is None else largest
-                norms[name] = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        if not torch.stack(list(norms.values())).isfinite().all():
-            bad = ", ".join(name for name, norm in norms.items() if not norm.isfinite())
-            raise TrainingDiverged(
-                f"the gradient of {bad} is not finite at step {self.global_step}. The weights are those of the step "
-                "before and the last checkpoint is intact: run the same command to resume from it, perhaps with a "
-                "lower optim.lr, optim.grad_clip or a longer optim.warmup_steps (which make another run)"
-            )
+        norms = optimisation.clip(optimizer, self.global_step)
         self.log_dict({f"grad_norm/{name}": norm for name, norm in norms.items()})
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
@@ -280,7 +264,8 @@ class VideoDecoder(LightningModule):
         prediction = torch.cat([self._decode_clip(batch, index) for index in range(batch_size(batch))])
         self._score(DECODER, prediction, batch, dataloader_idx)
         for method, reference in self.references.items():
-            self._score(method, reference(batch), batch, dataloader_idx)
+            if (shown := reference(batch)) is not None:  # None: it has no meaning for these clips
+                self._score(method, shown, batch, dataloader_idx)
         return {"prediction": prediction}
 
     def _score(self, method: str, prediction: Float[Tensor, "b 3 t h w"], batch: VideoBatch, stream: int) -> None:
@@ -304,11 +289,15 @@ class VideoDecoder(LightningModule):
 
     def _decode_clip(self, batch: VideoBatch, index: int) -> Float[Tensor, "1 3 t h w"]:
         clip = slice(index, index + 1)
-        generator = torch.Generator(self.device)
-        generator.manual_seed(key_seed(batch["key"][index], self.training_config.seed))
+        generator = self.clip_generator(batch["key"][index])
         reference = batch["reference"][clip] if "reference" in batch else None
         size = tuple(batch["video"].shape[2:])
-        return self.decode(batch["latent"][clip], size=size, reference=reference, generator=generator).float()
+        given = {"size": size, "reference": reference, "generator": generator, **self.sampling(batch)}
+        return self.decode(batch["latent"][clip], **given).float()
+
+    def clip_generator(self, key: str) -> torch.Generator:
+        """The source of a clip's noise in validation, whatever the batch."""
+        return torch.Generator(self.device).manual_seed(key_seed(key, self.training_config.seed))
 
     def on_validation_epoch_end(self) -> None:
         self._swapped.close()  # before any callback saves

@@ -29,6 +29,8 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from decoders.latent_spaces.base import LatentSpace
+from decoders.latent_spaces.learned import Learned, LearnedConfig
 from experiments.bench_worker import DTYPES, Job, matmul_rate, serve
 from experiments.compose import ConfigError, parse_overrides, run_cli
 from experiments.config import build_space, load
@@ -153,8 +155,9 @@ class Decoder:
 def bench(name: str, overrides: tuple[str, ...], config: BenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what the JSON file holds."""
     space = build_space(load(name, overrides))  # a typo is refused before anything is built
-    for stride_t, causal in {(space.stride_t, space.causal)} | ({(4, True)} if config.peers else set()):
-        check_length("bench", config.num_frames, stride_t, causal)
+    check_length("bench", config.num_frames, space)
+    if config.peers:
+        check_length("bench", config.num_frames, Learned(LearnedConfig(stride_t=4)))
     device = find_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -205,15 +208,12 @@ def choose_arithmetic(device: str, config: Any) -> tuple[str, dict[str, float]]:
     return max(rates, key=rates.get) if config.arithmetic == "auto" else config.arithmetic, rates
 
 
-def check_length(command: str, num_frames: int, stride_t: int, causal: bool) -> None:
-    """Raise ConfigError, naming the nearest, unless a latent space of this stride has clips of ``num_frames``."""
-    first = 1 if causal else stride_t
-    if over := (num_frames - first) % stride_t:
-        near = max(num_frames - over, first)
-        raise ConfigError(
-            f"{command}.num_frames={num_frames}: a clip to decode has {'1 + ' if causal else ''}{stride_t}k frames; "
-            f"the nearest are {near} and {near + stride_t}"
-        )
+def check_length(command: str, num_frames: int, space: LatentSpace) -> None:
+    """Raise ConfigError, naming the nearest, unless ``space`` has clips of ``num_frames``."""
+    try:
+        space.latent_frames(num_frames)
+    except ValueError as error:
+        raise ConfigError(f"{command}.num_frames={num_frames}: {error}") from None
 
 
 def _measure_size(decoders: list[Decoder], config: BenchConfig, size: tuple[int, int]) -> dict[str, Any]:

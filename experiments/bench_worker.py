@@ -23,6 +23,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from decoders.latent_spaces.base import LatentSpace
+from decoders.latent_spaces.learned import Learned, LearnedConfig
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {
     "contiguous": {4: torch.contiguous_format, 5: torch.contiguous_format},
@@ -104,7 +107,8 @@ class Bench:
         self.job = job
         self.device = torch.device(job.device)
         torch.manual_seed(0)
-        self.model, self.channels, self.stride_t, self.stride_hw, self.multiple = build(job)
+        self.model, self.space, self.multiple = build(job)
+        self.channels, self.stride_t, self.stride_hw = self.space.channels, self.space.stride_t, self.space.stride_hw
         self.model.eval().requires_grad_(False).to(self.device, DTYPES[job.dtype])
         self.streams = getattr(self.model, "can_stream", _has_stream(self.model))
         self.step = self.model.step_stream if self.streams else None
@@ -137,7 +141,7 @@ class Bench:
     @torch.no_grad()
     def prepare(self, batch_size: int, num_frames: int, size: tuple[int, int]) -> dict[str, Any]:
         """Make the latents of a size in pixels, warm up, count operations, and settle on the faster layout."""
-        n = -(-num_frames // self.stride_t)
+        n = self.space.latent_frames(num_frames)
         shape = (batch_size, self.channels, n, *(side // self.stride_hw for side in size))
         # From a CPU generator: decoders of one latent space get the same numbers, on any device.
         latent = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -223,14 +227,15 @@ class Bench:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def build(job: Job) -> tuple[nn.Module, int, int, int, int]:
-    """The decoder with random weights, its channels, strides, and the pixels its sizes are multiples of."""
+def build(job: Job) -> tuple[nn.Module, LatentSpace, int]:
+    """The decoder with random weights, the shape of its space, and the pixels its sizes are multiples of."""
     if job.release:
         from decoders.baseline.model import DiffusersDecoder
 
         model = DiffusersDecoder.random(job.release)
         layout = model.layout
-        return model, layout.channels, layout.stride_t, layout.stride_hw, layout.stride_hw
+        space = Learned(LearnedConfig(layout.channels, layout.stride_t, layout.stride_hw))
+        return model, space, layout.stride_hw
     from experiments.config import build_decoder, build_space, load
 
     experiment = load(job.experiment[0], job.experiment[1])
@@ -240,7 +245,7 @@ def build(job: Job) -> tuple[nn.Module, int, int, int, int]:
     model = decoder.model if _has_stream(getattr(decoder, "model", None)) else decoder
     for name in decoder.discriminators if model is decoder else ():
         setattr(decoder, name, None)
-    return model, space.channels, space.stride_t, space.stride_hw, decoder.size_multiple
+    return model, space, decoder.size_multiple
 
 
 def _has_stream(model: Any) -> bool:

@@ -114,6 +114,7 @@ class Reconstructions(Callback):
     """Draws the first validation clips at every validation: truth, decode, error; stills and moving pictures."""
 
     STILLS = 4  # frames of a clip that are drawn side by side
+    SLICED = 8  # a clip of so many frames is also drawn as its middle row over time, where seams and flicker show
     ERROR_GAIN = 4  # the error map shows |decode - truth| so many times brighter
 
     def __init__(self, num_shown: int, video_fps: int) -> None:
@@ -138,6 +139,9 @@ class Reconstructions(Callback):
             every = torch.linspace(0, truth.shape[1] - 1, min(self.STILLS, truth.shape[1])).round().long()
             still = rearrange(rows[every], "t h w c -> h (t w) c")
             writer.add_image(f"clip{number}/truth_decode_error", still.numpy(), step, dataformats="HWC")
+            if truth.shape[1] >= self.SLICED:
+                both = torch.cat([slice_over_time(part) for part in (truth, decoded)], dim=1)
+                writer.add_image(f"clip{number}/x_t_truth_decode", both.numpy(), step, dataformats="HWC")
             writer._get_file_writer().add_summary(moving_picture(f"clip{number}/moving", rows, self.video_fps), step)
         writer.flush()
         self._shown = []
@@ -146,6 +150,11 @@ class Reconstructions(Callback):
 def to_uint8(video: Tensor) -> Tensor:
     """RGB in [-1, 1] "3 t h w" to bytes "t h w 3"."""
     return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "c t h w -> t h w c").round().to(torch.uint8)
+
+
+def slice_over_time(video: Tensor, rows: int = 6) -> Tensor:
+    """The middle row of every frame, one below the other and ``rows`` pixels high each: "t*rows w 3" bytes."""
+    return to_uint8(video[:, :, video.shape[2] // 2, None])[:, 0].repeat_interleave(rows, dim=0)
 
 
 def side_by_side(truth: Tensor, decoded: Tensor, gain: float) -> Tensor:

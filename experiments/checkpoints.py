@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import metrics
 from decoders.base import VideoDecoder
 from experiments.compose import ConfigError
 from experiments.runs import DONE
@@ -184,7 +185,7 @@ class Checkpoints(Checkpoint):
             return
         name = pl_module.training_config.validation.best
         score = trainer.callback_metrics.get(f"val/{name}")
-        sign = -1 if name.startswith("lpips") else 1  # a distance: less is better
+        sign = -1 if name in metrics.LOWER_IS_BETTER else 1
         if score is not None and (self.best is None or sign * score > sign * self.best):
             self.best = float(score)
             self._save_weights(pl_module, "best")

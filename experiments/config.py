@@ -310,13 +310,13 @@ def check_sizes(experiment: Experiment, multiple: int = 1) -> None:
     if experiment.pad == "replicate":
         return
     try:
-        check = build_space(experiment).check
+        space = build_space(experiment)
     except FileNotFoundError:  # training will say so; `make show` goes on without
         return
     for where, stream in streams(experiment).items():
         height, width = (stream.multiple,) * 2 if stream.resize == "keep" else stream.size
         try:
-            check(stream.total_frames, height, width)
+            space.check(encoded_frames(experiment, space, where, stream), height, width)
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from None
         if height % multiple or width % multiple:
@@ -325,6 +325,12 @@ def check_sizes(experiment: Experiment, multiple: int = 1) -> None:
                 f"{where}: {height}x{width}: this decoder takes multiples of {multiple} pixels; the nearest are {near}, "
                 "or set pad: replicate"
             )
+
+
+def encoded_frames(experiment: Experiment, space: Any, where: str, stream: Any) -> int:
+    """Frames of a clip of ``stream`` that the family encodes at once."""
+    rule = getattr(locate(experiment.family, "family"), "encoded_frames", None)
+    return rule(space, experiment.objective, where, stream.total_frames) if rule else stream.total_frames
 
 
 def check_decoder(experiment: Experiment, decoder: Any) -> None:

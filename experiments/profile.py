@@ -96,10 +96,10 @@ def profile(name: str, overrides: tuple[str, ...], config: ProfileConfig) -> dic
         torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     space = build_space(load(name, overrides))
-    check_length("profile", config.num_frames, space.stride_t, space.causal)
+    check_length("profile", config.num_frames, space)
     models = build(name, overrides, config)
     model = next(iter(models.values()))
-    n = -(-config.num_frames // model.stride_t)
+    n = space.latent_frames(config.num_frames)
     arithmetic, rates = choose_arithmetic(device, config)
     for each in models.values():
         prepare(each, torch.device(device), DTYPES[config.dtype])

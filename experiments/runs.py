@@ -36,6 +36,8 @@ NEUTRAL = (
     "trainer.keep_checkpoints",
     "trainer.max_minutes",
     "validation.*",
+    "data.sets",
+    "data.sets.*",
     "data.num_workers",
     "data.prefetch",
     "data.start_method",

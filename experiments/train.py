@@ -238,7 +238,7 @@ def closing_words(folder: Path, summary: dict[str, Any]) -> str:
         f"\n{table.read_text() if table.is_file() else ''}\n"
         f"{summary['steps']} steps, {summary['clips_seen']} clips, {summary['minutes']:.1f} minutes "
         f"({summary['precision']})\n"
-        f"results:     {folder / 'evaluation'} (table.md, clips.csv, result.json)\n"
+        f"results:     {folder / 'evaluation'} (table.md, clips.csv, frames.csv, result.json)\n"
         f"weights:     {folder}\n"
         f"TensorBoard: make tb, or {sys.executable} -m tensorboard.main --logdir {folder.parent}"
     )

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from metrics.base import Metric
 
-NAMES = ("psnr", "ssim", "lpips_alex", "lpips_vgg")
+NAMES = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "jump")
+LOWER_IS_BETTER = ("lpips_alex", "lpips_vgg", "jump")
 
 
 def build(
@@ -39,5 +40,6 @@ def _build(name: str, weights: str | os.PathLike | None) -> "Metric":
 
         return LpipsMetric(name.removeprefix("lpips_"), weights)
     from metrics.image import Psnr, Ssim
+    from metrics.motion import Jump
 
-    return {"psnr": Psnr, "ssim": Ssim}[name]()
+    return {"psnr": Psnr, "ssim": Ssim, "jump": Jump}[name]()

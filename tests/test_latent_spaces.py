@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from decoders.latent_spaces.base import hash_parts, pad_to_valid
+from decoders.latent_spaces.chunked import Chunked, ChunkedConfig
 from decoders.latent_spaces.dct import DCT, DCTConfig, dc_decode, dct_matrix, kept_coefficients, opponent_dct_basis
 
 SHAPES = [DCTConfig(), DCTConfig(16, 4, 8), DCTConfig(20, 8, 32), DCTConfig(5, 1, 3), DCTConfig(7, 2, 5)]
@@ -71,14 +72,34 @@ def test_what_is_not_a_clip_is_refused():
 
 def test_padding_repeats_the_edges():
     video = random_video(6, 20, 31)
-    padded = pad_to_valid(video, 4, 16)
+    space = DCT(DCTConfig(3, 4, 8))
+    padded = pad_to_valid(video, space, 16)
     assert padded.shape == (1, 3, 9, 32, 32)
     torch.testing.assert_close(padded[:, :, :6, :20, :31], video)
     torch.testing.assert_close(padded[:, :, 8, :20, :31], video[:, :, 5])
     torch.testing.assert_close(padded[:, :, 3, 31, 31], video[:, :, 3, 19, 30])
-    assert pad_to_valid(padded, 4, 16) is padded
-    assert pad_to_valid(video, 4, 16, causal=False).shape == (1, 3, 8, 32, 32)
-    assert pad_to_valid(video[:, :, :4], 4, 1, causal=False).shape[2] == 4
+    assert pad_to_valid(padded, space, 16) is padded
+    space.causal = False
+    assert pad_to_valid(video, space, 16).shape == (1, 3, 8, 32, 32)
+    assert pad_to_valid(video[:, :, :4], space).shape == (1, 3, 4, 24, 32)
+
+
+def test_chunked_spaces_count_whole_chunks():
+    """REGEN's chunks: 132 frames are four chunks of 33, eight latent frames (section 4.3); an image is content alone."""
+    space = Chunked(ChunkedConfig(stride_t=32))
+    assert [space.latent_frames(t) for t in (1, 33, 132)] == [1, 2, 8]
+    assert [space.pixel_frames(n) for n in (1, 2, 8)] == [1, 33, 132]
+    assert [space.padded_frames(t) for t in (1, 2, 33, 34)] == [1, 33, 33, 66]
+    assert pad_to_valid(random_video(34, 20, 24), space).shape == (1, 3, 66, 24, 24)
+    for t, near in ((5, "1 and 33"), (40, "33 and 66"), (0, "1 and 33")):
+        with pytest.raises(ValueError, match=near):
+            space.check(t, 8, 8)
+    assert space.compression == 3 * 33 * 64 / (2 * 8)
+    assert DCT(DCTConfig(16, 4, 8)).compression == pytest.approx(3 * 4 * 64 / 16, rel=1e-5)
+    with pytest.raises(ValueError, match="even number"):
+        space.pixel_frames(3)
+    with pytest.raises(ValueError, match="trains one"):
+        space.encode(random_video(33, 8, 8))
 
 
 def test_fingerprints_tell_spaces_apart():

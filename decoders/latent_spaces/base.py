@@ -76,6 +76,16 @@ class LatentSpace(ABC):
             raise ValueError(f"{n} latent frames: at least one is needed")
         return 1 + (n - 1) * self.stride_t if self.causal else n * self.stride_t
 
+    def padded_frames(self, t: int) -> int:
+        """The shortest length, ``t`` or longer, that the space can encode: what ``pad: replicate`` makes of a clip."""
+        return t + (int(self.causal) - t) % self.stride_t
+
+    @property
+    def compression(self) -> float:
+        """Numbers of a long video for every one of its latent: 3 t h w / (c n y x)."""
+        n = 1 << 20
+        return 3 * self.pixel_frames(n) * self.stride_hw**2 / (self.channels * n)
+
     def check(self, t: int, h: int, w: int) -> None:
         """Raise ValueError, naming the nearest valid values below and above, unless ``t`` frames of h x w fit."""
         self.latent_frames(t)
@@ -110,18 +120,18 @@ class LatentSpace(ABC):
 
 
 def pad_to_valid(
-    video: Float[Tensor, "b 3 t h w"], stride_t: int, multiple: int, causal: bool = True
+    video: Float[Tensor, "b 3 t h w"], space: LatentSpace, multiple: int | None = None
 ) -> Float[Tensor, "b 3 t2 h2 w2"]:
-    """Repeat the last frame, the bottom row and the right column until a space can encode the clip.
+    """Repeat the last frame, the bottom row and the right column until ``space`` can encode the clip.
 
     Args:
         video: any range.
-        stride_t: the length becomes ``1 + k * stride_t``, or with ``causal=False`` ``k * stride_t``.
-        multiple: height and width become multiples of this many pixels.
-        causal: as the space's.
+        space: says which lengths are valid.
+        multiple: height and width become multiples of this many pixels; None: of the space's.
     """
     t, h, w = video.shape[2:]
-    extra = ((int(causal) - t) % stride_t, -h % multiple, -w % multiple)
+    multiple = multiple or space.stride_hw
+    extra = (space.padded_frames(t) - t, -h % multiple, -w % multiple)
     if not any(extra):
         return video
     return F.pad(video, (0, extra[2], 0, extra[1], 0, extra[0]), mode="replicate")

@@ -1,0 +1,70 @@
+"""One AdamW over named parameter groups, with a rate and a largest gradient norm of their own."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from decoders.training import OptimConfig
+
+
+class TrainingDiverged(RuntimeError):
+    """A gradient is not finite. The weights are those before the step; nothing was saved after it."""
+
+
+def build(groups: list[dict], config: OptimConfig, max_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """The optimiser of ``VideoDecoder.param_groups`` and its schedule, which ends at ``max_steps``.
+
+    Raises:
+        ValueError: ``optim.groups`` names a group that there is not.
+    """
+    unknown = config.groups.keys() - {group["name"] for group in groups}
+    if unknown:
+        names = sorted({group["name"] for group in groups})
+        raise ValueError(f"optim.groups.{sorted(unknown)[0]} names no parameter group (there are: {names})")
+    parts = [part for group in groups for part in _decay_parts(group, config)]
+    optimizer = torch.optim.AdamW(parts, lr=config.lr, betas=config.betas, eps=config.eps, fused=config.fused)
+    factors = [partial(config.lr_factor, max_steps=max_steps, group=part["name"]) for part in parts]
+    return optimizer, LambdaLR(optimizer, factors)
+
+
+def _decay_parts(group: dict, config: OptimConfig) -> list[dict]:
+    """A named group as AdamW groups: matrices decay, gains and biases do not."""
+    own = config.groups.get(group["name"])
+    options = {"name": group["name"], "grad_clip": config.grad_clip, "lr": config.lr, "betas": config.betas}
+    decay = config.weight_decay
+    if own is not None:
+        options |= {k: getattr(own, k) for k in ("lr", "betas", "grad_clip") if getattr(own, k) is not None}
+        decay = decay if own.weight_decay is None else own.weight_decay
+    parts = (
+        [p for p in group["params"].values() if p.ndim > 1],
+        [p for p in group["params"].values() if p.ndim <= 1],
+    )
+    return [{**options, "params": p, "weight_decay": d} for p, d in zip(parts, (decay, 0.0), strict=True) if p]
+
+
+def clip(optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
+    """Scale the gradients of every named group down to its largest norm; the norms before that, by group.
+
+    Raises:
+        TrainingDiverged: one of them is not finite.
+    """
+    groups: dict[str, tuple[list[Tensor], float | None]] = {}
+    for group in optimizer.param_groups:
+        groups.setdefault(group["name"], ([], group["grad_clip"]))[0].extend(
+            p for p in group["params"] if p.grad is not None
+        )
+    norms = {}
+    for name, (parameters, largest) in groups.items():
+        if parameters:
+            limit = float("inf") if largest is None else largest
+            norms[name] = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    if not torch.stack(list(norms.values())).isfinite().all():
+        bad = ", ".join(name for name, norm in norms.items() if not norm.isfinite())
+        raise TrainingDiverged(
+            f"the gradient of {bad} is not finite at step {step}. The weights are those of the step "
+            "before and the last checkpoint is intact: run the same command to resume from it, perhaps with a "
+            "lower optim.lr, optim.grad_clip or a longer optim.warmup_steps (which make another run)"
+        )
+    return norms

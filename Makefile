@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := start
-.PHONY: start train list show evaluate decode bench profile tb test test-slow test-gpu lint flash-attn setup help
+.PHONY: start train list show evaluate decode reconstruct bench profile tb test test-slow test-gpu lint flash-attn setup help
 PORT ?= 6006
 RUNS_ROOT ?= runs
 # Capitals are environment variables, which make hands on by itself.
@@ -41,13 +41,17 @@ show: $(venv) ## What a run would be, without running it: make show exp=NAME (co
 	$(need_exp)
 	@$(python) -m experiments.show $(call quote,$(exp)) $(overrides)
 
-evaluate: $(venv) ## Score a trained experiment on its validation clips: make evaluate exp=NAME
+evaluate: $(venv) ## Score a trained experiment: make evaluate exp=NAME [sets=[davis] weights=start|ema|last|best]
 	$(need_exp)
 	@$(python) -m experiments.evaluate $(call quote,$(exp)) $(overrides)
 
 decode: $(venv) ## Saved latents to mp4 with a run's weights: make decode exp=NAME in=FOLDER out=FOLDER
 	$(need_exp)
 	@$(python) -m experiments.decode $(call quote,$(exp)) $(overrides)
+
+reconstruct: $(venv) ## Videos encoded and decoded, chunk by chunk: make reconstruct exp=NAME in=VIDEOS out=FOLDER
+	$(need_exp)
+	@$(python) -m experiments.reconstruct $(call quote,$(exp)) $(overrides)
 
 bench: $(venv) ## Speed and memory of decoding, beside its peers: make bench exp=NAME
 	$(need_exp)

@@ -26,7 +26,8 @@ class VideoBatch(TypedDict):
 
     There is no mode flag: what is in the batch says what it is. A family that has no use for a key ignores it. Clips of
     films and images have a video alone; saved latents of a diffusion model have ``latent`` and ``reference`` and no target;
-    triples have ``video``, ``source`` and ``reference``.
+    triples have ``video``, ``source`` and ``reference``; edited films have ``video`` and ``mask``, and perhaps the edit's
+    ``latent`` and ``reference``: the video is then what was not edited, which the mask leaves to count.
     """
 
     video: NotRequired[Float[Tensor, "b 3 t h w"]]  # the target

@@ -7,7 +7,7 @@ reader.py      from a request to pixels        transforms.py  resizing and cropp
 loaders.py     workers and batches             quarantine.py  files that could not be read
 procedural.py  films without files             samples.py     the real clips that a Python package ships
 latents.py     saved latents, their formats    triples.py     input, style image, target
-stills.py      images, and references
+stills.py      images, and references          masks.py       edited films, what of them counts
 """
 
 import logging
@@ -139,17 +139,14 @@ class ClipData(LightningDataModule):
 
     @property
     def latent_spaces(self) -> dict[str, dict[str, int]]:
-        """Which latent spaces the files of training streams with saved latents name, and how many files name each.
+        """Which latent spaces the files of streams with saved latents name, and how many files name each.
 
         ``data.sources.<name>`` -> {fingerprint or name: files}; "" stands for files that name none. Who trains on them
         compares this with the space of the run, before any step.
         """
-        found = {}
-        for stream in self.streams("train").values():
-            for index in stream.sources:
-                if index.spaces:
-                    found[f"data.sources.{index.name}"] = dict(index.spaces)
-        return found
+        streams = [*self.streams("train").values(), *self.streams("val").values()]
+        indexes = {index.name: index for stream in streams for index in stream.sources}
+        return {f"data.sources.{name}": dict(index.spaces) for name, index in indexes.items() if index.spaces}
 
     @property
     def plan(self) -> MixturePlan:

@@ -8,6 +8,7 @@
         motion: {kind: procedural, num_videos: 64} # moving textured shapes, drawn when needed, no files
         i2v:    {path: "$DATA_ROOT/i2v", kind: latent, strides: [4, 8]}   # saved latents: datamodules/latents.py
         styles: {path: "$DATA_ROOT/styles.csv", kind: triple}             # input, style, target: datamodules/triples.py
+      edits:  {path: "$DATA_ROOT/edits.csv", kind: edit}                # film, mask of what was edited: datamodules/masks.py
       train:                                       # name -> stream; every batch comes from one stream, so it has one size
         video_480p: {sources: [k600], size: [480, 832], num_frames: 17, share: 0.8, batch_size: 1,
                      crop: {center: 0.6, random: 0.4}}
@@ -15,6 +16,8 @@
                      crop: {random: 0.4, center: 0.3, resize: 0.3}}
       val:                                         # fixed clips: centre crop, evenly spaced windows, nothing random
         bikes_late: {sources: [bikes], size: [144, 176], num_clips: 8, batch_size: 2}
+      sets:                                        # like val, but read only when asked for: make evaluate sets=[davis]
+        davis: {sources: [davis], size: [480, 832], num_frames: 17, window: first}
       num_workers: 4
 
 Paths. ``$NAME`` is replaced from the environment (write it without braces: braces are OmegaConf's own). ``package:``
@@ -25,7 +28,8 @@ of 12.8 million images start at once. Other files are opened once, and what was 
 
 Saved latents (``kind: latent``) make streams of {latent, reference, key} without a video, for training only. ``size`` and
 ``num_frames`` are those of the pixels that they stand for: files of another size, or shorter, are left out and counted; of
-longer ones the first frames are used. Triples (``kind: triple``) make streams of {video, source, reference, key}.
+longer ones the first frames are used. Triples (``kind: triple``) make streams of {video, source, reference, key}, edits
+(``kind: edit``) of {video, mask, key}, where the mask is 1 outside the edit: losses and metrics count those pixels alone.
 
 Sizes are ``[height, width]`` in pixels. A batch size is per process: eight GPUs with ``batch_size: 1`` make batches of 8.
 Shares of the training streams sum to 1 (8:2 is 0.8 and 0.2), and so do the crop probabilities of a stream.
@@ -50,7 +54,7 @@ class SourceConfig:
     """Files of one kind. See the module's docstring for what ``path`` may be."""
 
     path: str = ""
-    kind: Literal["video", "image", "procedural", "latent", "triple"] = "video"
+    kind: Literal["video", "image", "procedural", "latent", "triple", "edit"] = "video"
     exclude: list[str] = field(default_factory=list)
     """Patterns (``*distorted*``) on the path below the source's folder; what matches is not used."""
     span: tuple[float, float] = (0.0, 1.0)
@@ -68,9 +72,11 @@ class SourceConfig:
     seed: int = 0
     """Procedural only: another seed gives other films."""
     strides: tuple[int, int] = (4, 8)
-    """Latent only: pixel frames per latent frame and pixels per latent pixel, as in Wan 2.1."""
+    """Latents (of edits too): pixel frames per latent frame and pixels per latent pixel, as in Wan 2.1."""
     causal: bool = True
-    """Latent only: n latent frames are 1 + (n - 1) * stride pixel frames; otherwise n * stride."""
+    """Latents (of edits too): n latent frames are 1 + (n - 1) * stride pixel frames; otherwise n * stride."""
+    mask: Literal["box", "tight"] = "box"
+    """Edit only. box: bounding boxes of the mask's white parts, enlarged by 10 %, do not count. tight: its white pixels do not."""
 
     def __post_init__(self) -> None:
         low, high = self.span = tuple(self.span)
@@ -194,6 +200,8 @@ class ClipDataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     train: dict[str, StreamConfig] = field(default_factory=dict)
     val: dict[str, StreamConfig] = field(default_factory=dict)
+    sets: dict[str, StreamConfig] = field(default_factory=dict)
+    """Named evaluation sets, in form like ``val``. Nothing reads them but ``make evaluate exp=NAME sets=[...]``."""
     order: Literal["shares", "alternate"] = "shares"
     """Which training stream a batch comes from. shares: drawn by ``share``. alternate: strictly in turn (A, B, A, B, ...),
     the same on all ranks; every stream must then have the same ``share``, or none."""
@@ -218,7 +226,7 @@ class ClipDataConfig:
     """Seconds after which a worker that delivers nothing is taken for hung, with an error."""
 
     def __post_init__(self) -> None:
-        for split, streams in (("train", self.train), ("val", self.val)):
+        for split, streams in (("train", self.train), ("val", self.val), ("sets", self.sets)):
             for name, stream in streams.items():
                 self._check_stream(f"data.{split}.{name}", stream)
         self._check_shares()
@@ -252,18 +260,20 @@ class ClipDataConfig:
                     f"extend or fps (now {stream.num_frames}, {list(stream.extend)}, {stream.fps})"
                 )
         kinds = {self.sources[source].kind for source in stream.sources}
-        odd = sorted(kinds & {"latent", "triple"})
+        odd = sorted(kinds & {"latent", "triple", "edit"})
         if odd and len(kinds) > 1:
             raise ValueError(
-                f"{where}: its sources are of kinds {', '.join(sorted(kinds))}, but batches with a {odd[0]} hold other things "
+                f"{where}: its sources are of kinds {', '.join(sorted(kinds))}, but batches of {odd[0]}s hold other things "
                 "than the rest: give each kind a stream of its own"
             )
         if "latent" in kinds:
             self._check_latents(where, stream)
+        if "edit" in kinds and len({self.sources[source].mask for source in stream.sources}) > 1:
+            raise ValueError(f"{where}: one number cannot stand for box and tight masks: give each a stream of its own")
 
     def _check_latents(self, where: str, stream: StreamConfig) -> None:
         """A latent is taken as it is; nothing of it can be cut, scaled or compared with a target."""
-        if where.startswith("data.val"):
+        if not where.startswith("data.train"):
             raise ValueError(f"{where}: saved latents have no target to be measured against; use them in data.train")
         cropped = stream.crop != CropConfig() and stream.crop != CropConfig(center=1.0)
         if cropped or stream.resize != "crop" or stream.fps is not None or stream.total_frames != stream.num_frames:

@@ -14,6 +14,7 @@ import numpy as np
 
 from datamodules.config import SourceConfig
 from datamodules.latents import LatentHeader, find_reference, inspect_latent, load_latent
+from datamodules.masks import check_mask, inspect_mask
 from datamodules.probe import BadFile, Info, file_stamp, inspect_image, inspect_video
 from datamodules.sources import File, find_files
 from datamodules.triples import is_image, triple_info
@@ -56,9 +57,12 @@ class SourceIndex:
     fps: np.ndarray
     checked: np.ndarray
     bad: list[tuple[str, str]]
-    references: Names | None = None  # latents, triples; of a triple ``paths`` are the targets
+    references: Names | None = None  # latents, triples, edits with latents; of a triple ``paths`` are the targets
     inputs: Names | None = None  # triples
     channels: np.ndarray | None = None  # latents
+    masks: Names | None = None  # edits
+    latents: Names | None = None  # edits that have some; then also
+    latent_sizes: np.ndarray | None = None  # (frames, height, width) in pixels, of each
     spaces: Counter = field(default_factory=Counter)  # latents: how many files name which space; "" names none
 
     def __len__(self) -> int:
@@ -90,7 +94,7 @@ def build_index(name: str, source: SourceConfig, cache_dir: str | None = None, n
         return SourceIndex(name, source, labels, labels, width, height, length, rate, np.ones(n, bool), [])
     files = find_files(name, source)
     look = _Look(name, source, cache_folder(cache_dir), num_threads)
-    results = {"latent": _latents, "triple": _triples}.get(source.kind, _films)(look, files)
+    results = {"latent": _latents, "triple": _triples, "edit": _edits}.get(source.kind, _films)(look, files)
     good, infos, bad = [], [], []
     for file, result in zip(files, results, strict=True):
         if isinstance(result, Info):
@@ -106,6 +110,13 @@ def build_index(name: str, source: SourceConfig, cache_dir: str | None = None, n
     if source.kind == "triple":
         extra["references"] = Names([file.reference for file in good])
         extra["inputs"] = Names([file.input for file in good])
+    if source.kind == "edit":
+        extra["masks"] = Names([file.mask for file in good])
+        if good and good[0].latent:
+            extra["references"] = Names([file.reference for file in good])
+            extra["latents"] = Names([file.latent for file in good])
+            extra["latent_sizes"] = np.array([info.latent_size for info in infos], np.int32)
+            extra["spaces"] = Counter(info.space for info in infos)
     index = SourceIndex(
         name,
         source,
@@ -131,6 +142,14 @@ class _LatentInfo(Info):
     reference: str
     channels: int
     space: str
+
+
+@dataclass(frozen=True)
+class _EditInfo(Info):
+    """A source film, and of its latent, if it has one, what it stands for."""
+
+    latent_size: tuple[int, int, int] = (0, 0, 0)
+    space: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,7 +192,7 @@ class _Look:
 
 
 def _probe(path: str, kind: str) -> list | str:
-    inspect = {"image": inspect_image, "latent": inspect_latent}.get(kind, inspect_video)
+    inspect = {"image": inspect_image, "latent": inspect_latent, "mask": inspect_mask}.get(kind, inspect_video)
     try:
         info = inspect(path)
     except BadFile as error:
@@ -237,6 +256,33 @@ def _triples(look: _Look, files: list[File]) -> list[Result]:
         except BadFile as error:
             results.append((error.path or file.path, str(error)))
     return results
+
+
+def _edits(look: _Look, files: list[File]) -> list[Result]:
+    kinds = (("mask", "mask"), ("latent", "latent"))
+    masks, latents = (look.at([path for f in files if (path := getattr(f, name))], kind) for name, kind in kinds)
+    results: list[Result] = []
+    for number, (file, film) in enumerate(zip(files, _films(look, files), strict=True)):
+        if not isinstance(film, Info):
+            results.append(film)
+        elif isinstance(masks[number], str):
+            results.append((file.mask, masks[number]))
+        else:
+            results.append(_edit(look.source, file, film, masks[number], latents[number] if latents else None))
+    return results
+
+
+def _edit(source: SourceConfig, file: File, film: Info, mask: Info, header: LatentHeader | str | None) -> Result:
+    try:
+        check_mask(film, mask)
+    except BadFile as error:
+        return file.path, str(error)
+    if header is None:
+        return _EditInfo(*astuple(film))
+    latent = _latent(source, File(file.latent, file.name, reference=file.reference), header)
+    if not isinstance(latent, Info):
+        return latent
+    return _EditInfo(*astuple(film), (latent.num_frames, latent.height, latent.width), latent.space)
 
 
 def _found(seen: dict[str, Info | str], path: str) -> Info:

@@ -4,6 +4,7 @@ A request says everything: file, frames, crop. So workers hold no state that mat
 which of them reads it nor on what was read before.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from datamodules.latents import read_clip
+from datamodules.masks import counted_pixels, read_edit, still_frames
 from datamodules.probe import BadFile, check_readable, inspect_video
 from datamodules.procedural import draw_frames
 from datamodules.replay import agrees, read_frames
@@ -45,9 +47,12 @@ class ClipRequest:
     multiple: int = 16
     checked: bool = True  # the container was inspected when the index was made
     film: tuple = ()  # procedural: (seed, number, height, width, fps)
-    latent: tuple = ()  # latent: (c, n, y, x) to be delivered
-    reference: str = ""  # latent, triple: path of the image
+    latent: tuple = ()  # latent: (c, n, y, x) to be delivered; edit: (n, y, x)
+    reference: str = ""  # latent, triple, edit: path of the image
     input: str = ""  # triple: path; ``path`` is the target's
+    mask: str = ""  # edit: path of what was edited
+    mask_form: str = "box"  # SourceConfig.mask
+    edited: str = ""  # edit: path of its latent, if it has one; ``latent`` is then (n, y, x)
     still: bool = False  # one frame is read, and repeated
     alternates: tuple["ClipRequest", ...] = field(default=(), repr=False)  # tried in order when this one fails
 
@@ -101,6 +106,8 @@ class ClipReader:
             return read_clip(request.path, request.reference, request.latent, request.size), key
         if request.kind == "triple":
             return self._read_triple(request)
+        if request.kind == "edit":
+            return self._read_edit(request)
         if request.still:
             video, key = self.read_one(replace(request, num_frames=1, still=False))
             return {"video": video.expand(-1, request.num_frames, -1, -1).contiguous()}, f"{key}x{request.num_frames}"
@@ -139,6 +146,36 @@ class ClipReader:
         video, source = (clip.expand(-1, request.num_frames, -1, -1) for clip in clips)  # an image is repeated
         reference = load_reference(request.reference, geometry.size, "crop")
         return {"video": video, "source": source, "reference": reference}, _key(request, max(first, start), geometry)
+
+    def _read_edit(self, request: ClipRequest) -> tuple[dict[str, Tensor], str]:
+        """A film and which of its pixels count, cut by one box; and the edit's latent. ``masks.py`` has the rules."""
+        one = replace(request, num_frames=1) if request.still else request
+        try:
+            frames, indices, geometry = self._read_video(one)
+        except TooSmall as error:
+            raise BadFile(f"smaller than the index says: {error}") from None
+        marked = self._mask_frames(request.mask, indices)
+        if _geometry(request, marked.shape[1:3]) != geometry:
+            raise BadFile(f"is {marked.shape[1]}x{marked.shape[2]} pixels, which is not its film's size", request.mask)
+        clip = (-1, request.num_frames, -1, -1)
+        mask = counted_pixels(marked, geometry, request.mask_form, request.mask).expand(clip)
+        tensors = {"video": to_video(crop_frames(frames, geometry)).expand(clip), "mask": mask}
+        if request.edited:
+            tensors |= read_edit(request.edited, request.reference, request.latent, request.size)
+        return tensors, _key(request, indices[0], geometry)
+
+    def _mask_frames(self, path: str, indices: np.ndarray) -> np.ndarray:
+        """The frames of these numbers of a mask, uint8 [t, h, w, 3]."""
+        if os.path.isdir(path) or is_image(path):
+            return still_frames(path, indices)
+        try:
+            check_readable(path)
+            with _Film(path) as film:
+                if indices.max() >= len(film):
+                    raise BadFile(f"has {len(film)} frames, and its film's number {indices.max()} is asked for")
+                return film.frames(indices, self.verify)
+        except BadFile as error:
+            raise BadFile(str(error), path) from None
 
     def _native_frames(self, request: ClipRequest, path: str) -> tuple[np.ndarray, int]:
         """Frames of one of a triple's files at their own size, uint8 [t, h, w, 3], and the number of the first."""

@@ -54,6 +54,22 @@ def read_frames(path: str, seconds: np.ndarray) -> np.ndarray:
     return _decode(path, seconds, lambda frames: np.stack([_rgb(frame) for _, frame in frames]))
 
 
+def read_film(path: str) -> Iterator[np.ndarray]:
+    """All frames from the first on, one at a time, uint8 [h, w, 3], upright. Raises BadFile, perhaps after some frames."""
+    import av
+
+    try:
+        with av.open(path) as container:
+            for number, frame in enumerate(container.decode(container.streams.best("video"))):
+                if frame.is_corrupt:
+                    raise BadFile(f"damaged: frame {number} could only be patched up")
+                yield _rgb(frame)
+    except av.error.FFmpegError as error:
+        if error.errno in OUR_FAULT:
+            raise
+        raise BadFile(f"decoding fails: {error.strerror}") from None
+
+
 def _decode(path: str, seconds: np.ndarray, use: Callable[[Iterator], T]) -> T:
     """Feed the frames to ``use``: after a seek, and if that fails from the start, which decides.
 

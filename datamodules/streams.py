@@ -38,6 +38,7 @@ class Stream:
     dropped: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_edits()
         parts = [self._select(number, index) for number, index in enumerate(self.sources)]
         self._source, self._file, self._first, self._last, counts = (
             np.concatenate([part[i] for part in parts]) for i in range(5)
@@ -68,6 +69,34 @@ class Stream:
             listed = ", ".join(f"{channels} ({path})" for channels, path in sorted(found.items()))
             raise ValueError(f"{self.where}: its latents are of different spaces, with channels {listed}: split them")
 
+    def _check_edits(self) -> None:
+        """Latents of edits stand for the film's first frames as they are; and a batch has them in every clip or in none."""
+        c, given = self.config, [index.latents is not None for index in self.sources]
+        if any(given) and not all(given):
+            raise ValueError(
+                f"{self.where}: edits with latents and edits without make no batch: give each a stream of its own"
+            )
+        if not any(given):
+            return
+        if c.fps is not None or c.still or any(c.extend) or c.crop.random or c.crop.resize or c.resize == "keep":
+            raise ValueError(
+                f"{self.where}: its edits have latents, so no fps, still, extend, random crop or resize: keep"
+            )
+        for index in self.sources:
+            if index.config.span[0] > 0:
+                raise ValueError(
+                    f"{self.where}: latents of edits stand for films from their beginning, so no span of {index.name}"
+                )
+            try:
+                index.config.latent_frames(c.num_frames)
+            except ValueError as error:
+                raise ValueError(f"{self.where}: with strides {list(index.config.strides)}, {error}") from None
+
+    @property
+    def mask(self) -> str | None:
+        """Which form of masks its clips come with (SourceConfig.mask); None: without."""
+        return next((index.config.mask for index in self.sources if index.masks is not None), None)
+
     def _native_frames(self, fps: np.ndarray) -> np.ndarray:
         """Native frames that a clip spans in films of these rates."""
         c = self.config
@@ -85,6 +114,7 @@ class Stream:
         else:
             big = fits(index.height, index.width, c.size, c.resize)
         slow = (index.fps < c.fps * (1 - RATE_TOLERANCE)) & (index.fps > 0) if c.fps else np.zeros(len(index), bool)
+        fitting = big & ~slow
         first = np.ceil(index.num_frames * low_high[0] - 1e-6).astype(np.int64)
         stop = np.floor(index.num_frames * low_high[1] + 1e-6).astype(np.int64)
         if kind == "image":
@@ -95,12 +125,18 @@ class Stream:
         if kind == "triple":  # of images: repeated, so there is one clip of any length
             still = index.fps == 0
             first, last = np.where(still, 0, first), np.where(still, 0, last)
+        if index.latent_sizes is not None:  # a latent stands for the film's first frames
+            other = big & (index.latent_sizes[:, 1:] != c.size).any(1)
+            self._count("with a latent of another size", int(other.sum()))
+            fitting = fitting & ~other
+            longest = np.minimum(index.latent_sizes[:, 0], index.num_frames)
+            first, last = np.zeros_like(first), np.minimum(longest - c.total_frames, 0).astype(np.int64)
         long = last >= first
         self._count("unreadable", len(index.bad))
         self._count("of another size" if kind == "latent" else "too small", int((~big).sum()))
         self._count("below the target frame rate", int((big & slow).sum()))
-        self._count("too short", int((big & ~slow & ~long).sum()))
-        keep = np.flatnonzero(big & ~slow & long)
+        self._count("too short", int((fitting & ~long).sum()))
+        keep = np.flatnonzero(fitting & long)
         first, last = first[keep], last[keep]
         clips = np.minimum(index.config.clips_per_video, last - first + 1)
         return np.full(len(keep), number, np.int32), keep.astype(np.int64), first, last, clips
@@ -166,6 +202,8 @@ class Stream:
         if source.kind == "latent":
             y, x = (side // source.strides[1] for side in c.size)
             latent = (int(index.channels[number]), source.latent_frames(c.num_frames), y, x)
+        if index.latents is not None:
+            latent = (source.latent_frames(c.num_frames), *(side // source.strides[1] for side in c.size))
         return ClipRequest(
             path=index.paths[number],
             name=index.names[number],
@@ -183,8 +221,11 @@ class Stream:
             checked=bool(index.checked[number]),
             film=film,
             latent=latent,
-            reference=index.references[number] if source.kind in ("latent", "triple") else "",
-            input=index.inputs[number] if source.kind == "triple" else "",
+            reference="" if index.references is None else index.references[number],
+            input="" if index.inputs is None else index.inputs[number],
+            mask="" if index.masks is None else index.masks[number],
+            mask_form=source.mask,
+            edited="" if index.latents is None else index.latents[number],
             alternates=alternates,
         )
 

@@ -2,7 +2,7 @@
 
     in         a folder, a file, a glob or a .csv list of latents; datamodules/latents.py says how they are saved
     out        a folder: IN/a/b.safetensors becomes OUT/a/b.mp4 (H.264, yuv420p), and OUT/decode.csv lists every file
-    weights    ema, last or best; default: EMA if the run kept one, else last
+    weights    ema, last or best; default: EMA if the run kept one, else last; start: those that its training starts from
     overwrite  true: also what is in OUT already; default: it is skipped, so the same command goes on where it stopped
     crf        quality of the H.264 stream, 0 (lossless) to 51; default 15
     fps        frames per second; default: what the latent's metadata say
@@ -15,11 +15,11 @@ that lies beside the latent. A file that cannot be decoded is told with the reas
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import av
 import torch
@@ -33,11 +33,12 @@ from datamodules.probe import BadFile
 from datamodules.sources import SourceError, find_files
 from datamodules.stills import load_reference, tell_fit
 from decoders.base import VideoDecoder, key_seed
+from experiments import weights as weights_of
 from experiments.callbacks import to_uint8
-from experiments.checkpoints import DiskFull, load_weights, write_atomically
+from experiments.checkpoints import DiskFull, write_atomically
 from experiments.compose import ConfigError, run_cli
 from experiments.config import load, require_paths
-from experiments.runs import WEIGHTS, find_parent, run_name
+from experiments.runs import run_name
 from experiments.train import build, choose_precision, quiet
 
 REPORT = "decode.csv"
@@ -54,12 +55,14 @@ class DecodeConfig:
     crf: int = 15
     fps: float | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    command: ClassVar[str] = "decode"
 
     def __post_init__(self) -> None:
         if not self.source or not self.out:
-            raise ValueError(f"{'out' if self.source else 'in'}=FOLDER is needed: make decode exp=NAME in=... out=...")
-        if self.weights is not None and self.weights not in WEIGHTS:
-            raise ValueError(f"weights={self.weights} is none of {', '.join(WEIGHTS)}")
+            raise ValueError(
+                f"{'out' if self.source else 'in'}=FOLDER is needed: make {self.command} exp=NAME in=... out=..."
+            )
+        weights_of.check_kind(self.weights)
         if not 0 <= self.crf <= 51:
             raise ValueError(f"crf={self.crf} must lie in 0 (lossless) to 51")
         if self.fps is not None and not 0 < self.fps <= 1000:
@@ -92,26 +95,26 @@ class Outcome:
 
 
 class Unfit(ValueError):
-    """A sound latent that this decoder cannot decode."""
+    """A sound file that this decoder cannot decode."""
 
 
-def split_options(arguments: Sequence[str]) -> tuple[DecodeConfig, list[str]]:
+def split_options(arguments: Sequence[str], kind: type[DecodeConfig] = DecodeConfig) -> tuple[DecodeConfig, list[str]]:
     """The command's own options, and the overrides of the experiment. Raises ConfigError."""
-    own = {field.name for field in fields(DecodeConfig)} - {"source"} | {"in"}
+    own = {field.name for field in fields(kind)} - {"source"} | {"in"}
     typed = [argument.partition("=") for argument in arguments]
     values = {"source" if key == "in" else key: text for key, equals, text in typed if equals and key in own}
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DecodeConfig), values))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     except (OmegaConfBaseException, ValueError) as error:
         key = getattr(error, "full_key", None)
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]) from None
     return config, [text for text in arguments if text.partition("=")[0] not in own]
 
 
-def find_jobs(config: DecodeConfig) -> list[Job]:
-    """Every latent of ``in`` and its video's place in ``out``. Raises ConfigError."""
+def find_jobs(config: DecodeConfig, kind: str = "latent") -> list[Job]:
+    """Every file of this kind (SourceConfig.kind) of ``in``, and its video's place in ``out``. Raises ConfigError."""
     try:
-        files = find_files("in", SourceConfig(config.source, kind="latent"))
+        files = find_files("in", SourceConfig(config.source, kind=kind))
     except SourceError as error:
         raise ConfigError(str(error).replace("data.sources.in.path", "in").replace("data.sources.in", "in")) from None
     jobs: dict[Path, Job] = {}
@@ -131,11 +134,11 @@ def load_decoder(name: str, overrides: Sequence[str], weights: str | None, devic
     experiment = load(name, overrides)
     experiment.data.train, experiment.data.val = {}, {}
     require_paths(experiment)
-    path = find_parent(run_name(name, overrides) + (f":{weights}" if weights else ""), allow_unfinished=True)
+    file = weights_of.find(experiment, run_name(name, overrides), weights)
     experiment.ema = None  # the file holds one set of weights
     decoder = build(experiment)
-    step = load_weights(decoder, path).get("step", "?")
-    return decoder.eval().to(device), f"{path} (step {step})"
+    about = weights_of.fill(decoder, experiment, file, weights)
+    return decoder.eval().to(device), f"{file or about['file']} (step {about['step']})"
 
 
 def check_fit(decoder: VideoDecoder, header: LatentHeader) -> tuple[int, int, int]:
@@ -178,7 +181,7 @@ def decode_file(decoder: VideoDecoder, job: Job, config: DecodeConfig, autocast:
             latent[None].to(device), size=(t, height, width), reference=reference, generator=generator
         )
     frames = to_uint8(video[0].cpu())
-    write_atomically(job.video, lambda temporary: write_video(temporary, frames, fps, config.crf))
+    write_atomically(job.video, lambda temporary: write_video(temporary, [frames], fps, config.crf))
     shown = f"{t} frames of {height}x{width}, {fps:g} fps, seed {seed}, " + (
         f"reference {path}{tell_fit(path, (height, width))}" if path else "no reference"
     )
@@ -196,14 +199,17 @@ def _seed(job: Job, header: LatentHeader, run_seed: int) -> int:
     return key_seed(job.name, run_seed) if seed is None else seed
 
 
-def write_video(path: Path, frames: Tensor, fps: float, crf: int) -> None:
-    """Bytes "t h w 3" as mp4: H.264, yuv420p, constant quality ``crf``."""
+def write_video(path: Path, parts: Iterable[Tensor], fps: float, crf: int) -> None:
+    """Pieces of a video, each bytes "t h w 3", as mp4: H.264, yuv420p, constant quality ``crf``."""
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         rate = Fraction(fps).limit_denominator(1001)  # 29.97 is 2997/100
         stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+        stream.pix_fmt = "yuv420p"
+        for number, frames in enumerate(parts):
+            if number == 0:
+                stream.height, stream.width = frames.shape[1:3]
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -214,28 +220,38 @@ def decode(name: str, config: DecodeConfig, overrides: Sequence[str] = ()) -> li
         ConfigError: nothing can be decoded: no such run, no latents, no room.
     """
     jobs = find_jobs(config)
+    decoder, autocast = open_decoder(name, overrides, config, f"{len(jobs)} latents")
+    return run_jobs(jobs, config, lambda job: decode_file(decoder, job, config, autocast), REPORT)
+
+
+def open_decoder(name: str, overrides: Sequence[str], config: DecodeConfig, what: str) -> tuple[VideoDecoder, bool]:
+    """The decoder on its device, and whether it runs under bf16 autocast; says so. ``what``: is to be decoded."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     decoder, about = load_decoder(name, overrides, config.weights, device)
     autocast = choose_precision(load(name, overrides).trainer.precision, device) == "bf16-mixed"
-    print(
-        f"{about}\n{len(jobs)} latents, {device}, {'bf16-mixed' if autocast else '32-true'}, to {config.out}",
-        flush=True,
-    )
+    print(f"{about}\n{what}, {device}, {'bf16-mixed' if autocast else '32-true'}, to {config.out}", flush=True)
+    return decoder, autocast
+
+
+def run_jobs(
+    jobs: Sequence[Job], config: DecodeConfig, one: Callable[[Job], Outcome], report: str, column: str = "latent"
+) -> list[Outcome]:
+    """Do ``one`` for every job, and write ``report``, in which ``column`` is what was read. Raises ConfigError: no room."""
     outcomes = []
     for job in jobs:
-        outcomes.append(_attempt(decoder, job, config, autocast))
+        outcomes.append(_attempt(job, config, one))
         print(f"{outcomes[-1].outcome:8}{job.name}  {outcomes[-1].detail}", flush=True)
-    write_atomically(Path(config.out) / REPORT, lambda path: _write_report(path, outcomes))
+    write_atomically(Path(config.out) / report, lambda path: _write_report(path, outcomes, column))
     counts = {kind: sum(o.outcome == kind for o in outcomes) for kind in ("decoded", "exists", "failed")}
-    print(", ".join(f"{count} {kind}" for kind, count in counts.items()) + f"; {Path(config.out) / REPORT}")
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()) + f"; {Path(config.out) / report}")
     return outcomes
 
 
-def _attempt(decoder: VideoDecoder, job: Job, config: DecodeConfig, autocast: bool) -> Outcome:
+def _attempt(job: Job, config: DecodeConfig, one: Callable[[Job], Outcome]) -> Outcome:
     if job.video.exists() and not config.overwrite:
         return Outcome(job.path, str(job.video), "exists", "overwrite=true decodes it again")
     try:
-        return decode_file(decoder, job, config, autocast)
+        return one(job)
     except DiskFull:
         raise ConfigError(
             f"no room to write {job.video}; what is in {config.out} is whole: free some space, then run the same command"
@@ -247,11 +263,12 @@ def _attempt(decoder: VideoDecoder, job: Job, config: DecodeConfig, autocast: bo
         return Outcome(job.path, str(job.video), "failed", where + str(error))
 
 
-def _write_report(path: Path, outcomes: list[Outcome]) -> None:
+def _write_report(path: Path, outcomes: list[Outcome], column: str) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        rows = csv.DictWriter(file, fieldnames=[field.name for field in fields(Outcome)])
+        names = {"latent": column}
+        rows = csv.DictWriter(file, fieldnames=[names.get(field.name, field.name) for field in fields(Outcome)])
         rows.writeheader()
-        rows.writerows(asdict(outcome) for outcome in outcomes)
+        rows.writerows({names.get(key, key): value for key, value in asdict(outcome).items()} for outcome in outcomes)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,36 +1,64 @@
-"""Measure a run on its validation clips: ``python -m experiments.evaluate NAME [weights=ema|last|best] [key=value ...]``.
+"""Measure a run on its validation clips: ``python -m experiments.evaluate NAME [key=value ...]``.
 
-Writes ``clips.csv`` (every clip by every method), ``frames.csv`` (every frame), ``result.json`` (means with their protocol)
-and ``table.md``.
+    weights    ema, last or best of the run, default EMA if it kept one, else last; start: those that its training starts
+               from (objective.start, init_from), for which there need be no run
+    sets       named evaluation sets in place of the validation clips: sets=[inter4k,davis], of those that the experiment
+               has under data.sets
+
+Everything else is an override; :func:`evaluate` says which name another run, and which what a run is measured on. Writes
+``clips.csv`` (every clip by every method), ``frames.csv`` (every frame), ``result.json`` (means with their protocol),
+``table.md``, and where some frames were references ``distance.md``.
 """
 
 import csv
+import hashlib
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning import Trainer
+import yaml
+from lightning import Callback, Trainer
 from torch import Tensor
 
 from datamodules.batch import VideoBatch
-from decoders.base import DECODER, PER_FRAME, Row, VideoDecoder
+from datamodules.config import SourceConfig
+from datamodules.quarantine import TooManyBadFiles
+from datamodules.sources import SourceError, find_files
+from datamodules.streams import EmptyStream
+from decoders.base import DECODER, PER_FRAME, Method, Row, VideoDecoder
 from decoders.latent_spaces.base import LatentSpace, pad_to_valid
 from decoders.latent_spaces.dct import dc_decode
-from experiments.checkpoints import load_weights, write_atomically
+from experiments import distance
+from experiments import weights as weights_of
+from experiments.checkpoints import write_atomically
 from experiments.compose import ConfigError, run_cli
-from experiments.config import load, require_paths
-from experiments.runs import find_parent, run_dir, run_name
+from experiments.config import Experiment, as_dict, load, require_paths
+from experiments.distance import markdown
+from experiments.runs import CONFIG, LONGEST_NAME, run_dir, run_name
 from metrics.protocol import Protocol, clip_list_hash
 
-TABLE, RESULT, CLIPS, FRAMES = "table.md", "result.json", "clips.csv", "frames.csv"
+TABLE, RESULT, CLIPS, FRAMES, DISTANCE = "table.md", "result.json", "clips.csv", "frames.csv", "distance.md"
+MEASURED_ON = (
+    "data.",
+    "pad=",
+    "objective.evaluate",
+    "objective.controls",
+    "objective.compare_",
+    "objective.steps=",
+    "objective.extension=",
+    "objective.tasks",
+    "objective.ahead=",
+)  # what a run is measured on, not what it learnt
 
 
-def reference_methods(space: LatentSpace) -> dict[str, Callable[[VideoBatch], Tensor]]:
+def reference_methods(space: LatentSpace) -> dict[str, Method]:
     """What a decoder is held against on the same clips, from nothing learnt to the space's own decoder."""
 
     def mean_colour(batch: VideoBatch) -> Tensor:
@@ -39,12 +67,15 @@ def reference_methods(space: LatentSpace) -> dict[str, Callable[[VideoBatch], Te
 
     def cell_colour(batch: VideoBatch) -> Tensor:
         t, h, w = batch["video"].shape[2:]
-        whole = pad_to_valid(batch["video"], space.stride_t, space.stride_hw, space.causal)
-        return dc_decode(whole, space.stride_t, space.stride_hw, space.causal)[:, :, :t, :h, :w]
+        whole = pad_to_valid(batch["video"], space)
+        chunks = whole.split(getattr(space, "chunk", whole.shape[2]), dim=2)
+        cells = [dc_decode(chunk, space.stride_t, space.stride_hw, space.causal) for chunk in chunks]
+        return torch.cat(cells, dim=2)[:, :, :t, :h, :w]
 
-    def own_decoder(batch: VideoBatch) -> Tensor:
+    def own_decoder(batch: VideoBatch) -> Tensor | None:
         t, h, w = batch["video"].shape[2:]
-        return space.decode(batch["latent"])[:, :, :t, :h, :w]
+        video = space.decode(batch["latent"])  # None: what was encoded is not the clip, but every second frame, say
+        return video[:, :, :t, :h, :w] if video.shape[2] >= t else None
 
     cell = f"one colour per {space.stride_hw}x{space.stride_hw}x{space.stride_t} cell"
     methods = {"mean colour of the clip": mean_colour, cell: cell_colour}
@@ -63,6 +94,7 @@ def run(
     decoder.references = {}
     rows = [row | {"stream": data.val_names[row["stream"]]} for row in decoder.validation_rows]
     result = {"weights": weights} | summarise(rows, trainer, decoder, data)
+    result["distance"] = distance.by_distance(rows, [DECODER, *decoder.own_references()])
     if trainer.is_global_zero:
         _write(folder, rows, result)
     return result
@@ -81,6 +113,7 @@ def summarise(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) ->
         means.append({"stream": stream, "method": method, "clips": len(clips), "scores": scores, "spread": spread})
     return {
         "means": means,
+        "compression": decoder.latent_space.compression,
         "protocols": protocols(rows, trainer, decoder, data),
         "device": torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "cpu",
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
@@ -108,6 +141,9 @@ def protocols(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) ->
         config, first = data.config.val[stream], clips[0]
         for name, (metric, group) in score_columns(first, decoder).items():
             definition = decoder.metric_protocols[metric] | ({"only_frames": group} if group else {})
+            definition |= {"decoding": chosen} if (chosen := decoder.decoding(stream)) else {}
+            if mask := data.streams("val")[stream].mask:
+                definition |= {"pixels": f"outside the edit, {mask} masks; inside, the prediction is the target"}
             found[f"{stream}/{name}"] = Protocol(
                 metric=name,
                 frames=(0, first["frames"]),
@@ -143,6 +179,10 @@ def _write(folder: Path, rows: list[Row], result: dict[str, Any]) -> None:
     write_atomically(folder / FRAMES, written(frames))
     write_atomically(folder / RESULT, lambda path: path.write_text(json.dumps(result, indent=2)))
     write_atomically(folder / TABLE, lambda path: path.write_text(table(result)))
+    if result["distance"]:
+        write_atomically(folder / DISTANCE, lambda path: path.write_text(distance.text(result["distance"])))
+    else:
+        (folder / DISTANCE).unlink(missing_ok=True)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -155,59 +195,137 @@ def table(result: dict[str, Any]) -> str:
         scores, spread = mean["scores"], mean["spread"]
         cells = (f"{scores[n]:.3f} ± {spread[n]:.3f}" if n in scores else "" for n in names)
         lines.append([label, mean["method"], *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text) + "\n"
+    return f"{markdown(lines)}\ncompression: {result['compression']:.4g} numbers of video for one of the latent\n"
 
 
-def evaluate(name: str, overrides: Sequence[str] = (), weights: str | None = None) -> dict[str, Any]:
+class SpacesAgree(Callback):
+    """Before anything is measured: saved latents among the clips are of the run's own space, as far as they say."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
+        space = pl_module.latent_space
+        for where, found in getattr(trainer.datamodule, "latent_spaces", {}).items():
+            if odd := sorted(found.keys() - {"", space.name, space.fingerprint}):
+                raise ConfigError(
+                    f"{where}: {found[odd[0]]} of its latents are of the space {odd[0]}, and this run decodes {space.name} "
+                    f"({space.fingerprint})"
+                )
+
+
+def evaluate(
+    name: str, overrides: Sequence[str] = (), weights: str | None = None, sets: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Measure a run's weights (EMA if kept, else last) on its validation clips, or on others.
 
-    Overrides of ``data``, ``pad``, ``objective.evaluate`` and ``objective.controls`` that name no run of their own say what the run without them is
-    measured on: ``data.val.unseen.size=[480,832]``. Results of named weights or other clips go to a folder of their own.
-    """
-    from experiments.train import build, build_data, build_trainer
+    Overrides of ``data``, ``pad`` and of what the objective says about evaluation (``MEASURED_ON``) that no run was trained with
+    say what the run without them is measured on: ``data.val.unseen.size=[480,832]``. Results of named weights, of other clips or by other
+    metrics (``validation.metrics``, ``validation.references``) go to a folder of their own.
 
+    Args:
+        weights: ema, last, best, or start: what training starts from, which needs no run.
+        sets: names of ``data.sets``, which take the place of ``data.val``.
+
+    Raises:
+        ConfigError: no such run, weights, sets or files.
+    """
+    from experiments.train import build, build_data, build_trainer, quiet
+
+    quiet()
     experiment = load(name, overrides)
-    trained = list(overrides)
-    if not run_dir(name, overrides).is_dir():
-        trained = [
-            text
-            for text in overrides
-            if not text.startswith(("data.", "pad=", "objective.evaluate", "objective.controls"))
-        ]
+    trained = which_run(name, overrides)
+    home = run_dir(name, trained)
     experiment.data.train = {}  # not read, so it need not be there
+    if sets is not None:
+        experiment.data.val = {named: experiment.data.sets[named] for named in check_sets(name, experiment, sets)}
     require_paths(experiment)
-    path = find_parent(run_name(name, trained) + (f":{weights}" if weights else ""), allow_unfinished=True)
+    file = weights_of.find(experiment, run_name(name, trained), weights)
+    require_files(experiment)
     experiment.ema = None  # the file holds one set of weights: those are measured
     decoder = build(experiment)
-    metadata = load_weights(decoder, path)
-    folder = run_dir(name, trained)
+    about = weights_of.fill(decoder, experiment, file, weights)
     measured = [weights] if weights else []
-    measured += (
-        [run_name("", [text for text in overrides if text not in trained])] if trained != list(overrides) else []
-    )
-    folder = folder / "-".join(["evaluation", *measured])
-    data = build_data(experiment, run_dir(name, trained))
-    trainer = build_trainer(experiment, run_dir(name, trained), [], find_unused=False)
+    measured += [f"sets={','.join(experiment.data.val)}"] if sets is not None else []
+    measured += _other_metrics(name, experiment, home)
+    if trained != list(overrides):  # last: it may be cut
+        measured.append(run_name("", [text for text in overrides if text not in trained]))
+    folder = home / _short("-".join(["evaluation", *measured]))
+    data = build_data(experiment, home)
+    trainer = build_trainer(experiment, home, [SpacesAgree()], find_unused=False)
     trainer.logger = None
-    kind = path.stem.removeprefix("weights-")
-    about = {"kind": kind, "step": int(metadata.get("step", -1)), "file": path.name}
-    result = run(trainer, decoder, data, folder, experiment.validation.references, about)
+    try:
+        result = run(trainer, decoder, data, folder, experiment.validation.references, about)
+    except (SourceError, EmptyStream, TooManyBadFiles) as error:
+        raise ConfigError(str(error)) from None
     if trainer.is_global_zero:
-        print(f"{path} (step {about['step']})\n\n{(folder / TABLE).read_text()}\nresults: {folder}")
+        shown = f"distance from the reference: {folder / DISTANCE}\n" if result["distance"] else ""
+        print(
+            f"{file or about['file']} (step {about['step']})\n\n{(folder / TABLE).read_text()}\n{shown}results: {folder}"
+        )
     return result
+
+
+def which_run(name: str, overrides: Sequence[str]) -> list[str]:
+    """Those of the overrides that the run was trained with: of the runs that are there the one that names most of them."""
+    on = [i for i, text in enumerate(overrides) if text.startswith(MEASURED_ON)]
+    for number in range(len(on)):
+        for left_out in itertools.combinations(on, number):
+            kept = [text for i, text in enumerate(overrides) if i not in left_out]
+            if run_dir(name, kept).is_dir():
+                return kept
+    return [text for i, text in enumerate(overrides) if i not in on]
+
+
+def check_sets(name: str, experiment: Experiment, wanted: Sequence[str]) -> list[str]:
+    """The names of the evaluation sets that are asked for. Raises ConfigError for one that there is not."""
+    known = list(getattr(experiment.data, "sets", {}))
+    if not known:
+        raise ConfigError(f"sets: {name} has no named evaluation sets (data.sets)")
+    if odd := [one for one in wanted if one not in known] or ([] if wanted else ["nothing"]):
+        near = get_close_matches(odd[0], known, n=1)
+        raise ConfigError(
+            f"sets: {name} has no evaluation set {odd[0]!r}; {f'did you mean {near[0]}? ' if near else ''}there are "
+            f"{', '.join(known)}"
+        )
+    return list(dict.fromkeys(wanted))
+
+
+def require_files(experiment: Experiment) -> None:
+    """Refuse sources that lead nowhere, before a decoder is built. Opens no film. Raises ConfigError."""
+    sources = getattr(experiment.data, "sources", {})
+    for name in dict.fromkeys(name for stream in experiment.data.val.values() for name in stream.sources):
+        if isinstance(sources.get(name), SourceConfig) and sources[name].kind != "procedural":
+            try:
+                find_files(name, sources[name])
+            except SourceError as error:
+                raise ConfigError(str(error)) from None
+
+
+def _short(folder: str) -> str:
+    """A name that file systems take; what is cut off is in its hash."""
+    digest = hashlib.sha256(folder.encode()).hexdigest()[:8]
+    return folder if len(folder) <= LONGEST_NAME else f"{folder[:LONGEST_NAME]}-{digest}"
+
+
+def _other_metrics(name: str, experiment: Experiment, home: Path) -> list[str]:
+    """How the metrics differ from those that the run itself was measured with (without one: from the experiment's)."""
+    kept = home / CONFIG
+    own = (yaml.safe_load(kept.read_text()) if kept.is_file() else as_dict(load(name)))["validation"]
+    found, now = [], experiment.validation
+    if set(now.metrics) != set(own["metrics"]):
+        found.append(f"metrics={','.join(now.metrics)}")
+    if now.references != own["references"]:
+        found.append(f"references={str(now.references).lower()}")
+    return found
 
 
 def main(arguments: list[str]) -> None:
     if not arguments:
         raise ConfigError("name an experiment: make evaluate exp=NAME (make list shows them)")
     name, *rest = arguments
-    weights = next((a.removeprefix("weights=") for a in rest if a.startswith("weights=")), None)
-    evaluate(name, [a for a in rest if not a.startswith("weights=")], weights)
+    options = dict(text.split("=", 1) for text in rest if text.startswith(("weights=", "sets=")))
+    sets = options.get("sets")
+    wanted = None if sets is None else [one.strip() for one in sets.strip("[]").split(",") if one.strip()]
+    overrides = [text for text in rest if not text.startswith(("weights=", "sets="))]
+    evaluate(name, overrides, options.get("weights"), wanted)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from experiments.config import (
     build_decoder,
     build_space,
     check_decoder,
+    encoded_frames,
     load,
     locate,
     resolved_yaml,
@@ -110,9 +111,12 @@ def stream_table(experiment: Experiment, decoder: Any) -> str:
     """One row per stream: its size in pixels, latents and tokens, per process and step, and the clips that it has."""
     clips = {where: _clips(experiment, where, stream) for where, stream in streams(experiment).items()}
     rows: list[list[Any]] = [list(COLUMNS)]
+    places: dict[str, int] = {}
     for where, stream in streams(experiment).items():
-        n, y, x = latent_shape(experiment, decoder, stream)
-        tokens = n * math.ceil(y * x / (decoder.size_multiple // decoder.latent_space.stride_hw) ** 2)
+        n, y, x = latent_shape(experiment, decoder, where, stream)
+        places = decoder.tokens(n, y, x)
+        folded = n * math.ceil(y * x / (decoder.size_multiple // decoder.latent_space.stride_hw) ** 2)
+        tokens = sum(places.values()) if places else folded
         counts = clips[where]
         if isinstance(counts, str):
             num_clips, files = "?", "data not found, see below"
@@ -126,7 +130,7 @@ def stream_table(experiment: Experiment, decoder: Any) -> str:
                 "x".join(map(str, stream.size)),
                 stream.total_frames,
                 f"{n} {y} {x}",
-                tokens,
+                ", ".join(f"{place} {number:,}" for place, number in places.items()) if places else tokens,
                 stream.batch_size,
                 tokens * stream.batch_size,
                 f"{stream.share:g}" if where.startswith("data.train.") else "",
@@ -135,15 +139,16 @@ def stream_table(experiment: Experiment, decoder: Any) -> str:
             ]
         )
     missing = dict.fromkeys(f"data not found: {counts}" for counts in clips.values() if isinstance(counts, str))
-    return "\n".join(["per process (tokens are those of the decoder's first layer)", table(rows, "  "), *missing, ""])
+    where = "that pass its attention, place by place" if places else "of its first layer"
+    return "\n".join([f"per process (a decoder's tokens are those {where})", table(rows, "  "), *missing, ""])
 
 
-def latent_shape(experiment: Experiment, decoder: Any, stream: Any) -> tuple[int, int, int]:
-    """Latent frames, rows and columns of a clip of ``stream``, padding included."""
+def latent_shape(experiment: Experiment, decoder: Any, where: str, stream: Any) -> tuple[int, int, int]:
+    """Latent frames, rows and columns of a clip of the stream ``where``, padding included."""
     space, multiple = decoder.latent_space, decoder.size_multiple
-    frames, (height, width) = stream.total_frames, stream.size
+    frames, (height, width) = encoded_frames(experiment, space, where, stream), stream.size
     if experiment.pad == "replicate":
-        frames += (int(space.causal) - frames) % space.stride_t
+        frames = space.padded_frames(frames)
         height, width = height + -height % multiple, width + -width % multiple
     return space.latent_frames(frames), height // space.stride_hw, width // space.stride_hw
 
@@ -175,7 +180,7 @@ def memory(experiment: Experiment, decoder: Any) -> str:
         where.removeprefix("data."): (
             stream.batch_size,
             decoder.latent_space.channels,
-            *latent_shape(experiment, decoder, stream),
+            *latent_shape(experiment, decoder, where, stream),
         )
         for where, stream in streams(experiment).items()
         if where.startswith("data.train.")

@@ -216,6 +216,8 @@ def test_wrong_commands_are_refused(arguments, message):
 def test_runs_that_are_not_there_and_names_that_collide_are_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match="has not been trained"):
         decode.main([NAME, f"in={folder}", f"out={tmp_path}"])
+    with pytest.raises(ConfigError, match="weights=start: nothing in this configuration names weights of FlashDecoder"):
+        command(folder, tmp_path, "weights=start")
     with pytest.raises(ConfigError, match="decoder.dept: no such key; did you mean decoder.depth"):
         command(folder, tmp_path, "decoder.dept=1")
     torch.save(latent(0), folder / "a.pt")
@@ -229,15 +231,16 @@ def test_every_family_decodes(debug_name, folder, tmp_path, monkeypatch):
     experiment = load(debug_name)
     space = build_space(experiment)
     decoder = build_decoder(experiment, space)
+    n = space.latent_frames(space.padded_frames(9))
     weights = {**decoder.inference_parameters(), **decoder.inference_buffers()}
     save_weights(
         run_dir(debug_name) / "weights-ema.safetensors", weights, {"latent_space": space.fingerprint, "step": "0"}
     )
     for i, name in enumerate(("a", "more/b", "c")):
-        saved = latent(i, space.channels, y=32 // space.stride_hw, x=48 // space.stride_hw)
+        saved = latent(i, space.channels, n, y=32 // space.stride_hw, x=48 // space.stride_hw)
         save_latent(folder / f"{name}.safetensors", saved, space=space.fingerprint, height=32, width=48, fps=16)
     assert decode.main([debug_name, f"in={folder}", f"out={tmp_path / 'videos'}"]) == 0
-    assert frames_of(tmp_path / "videos" / "more" / "b.mp4").shape == (space.pixel_frames(3), 32, 48, 3)
+    assert frames_of(tmp_path / "videos" / "more" / "b.mp4").shape == (space.pixel_frames(n), 32, 48, 3)
 
 
 # ---- what a decoder is given

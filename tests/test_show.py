@@ -11,6 +11,7 @@ from torch import nn
 
 from experiments import show
 from experiments.compose import ConfigError
+from experiments.config import build_decoder, build_space, load
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +24,27 @@ def test_show_says_all(debug_name, capsys):
     assert re.search(r"^trained +\d+\.\d\d$", said, re.MULTILINE)
     assert re.search(r"^  train\.\w+ +\d+x\d+ .* [1-9][\d,]* +\d+ of \d+", said, re.MULTILINE), "clips that survive"
     assert "memory per GPU, estimated" in said
+
+
+def test_attention_is_counted_place_by_place(monkeypatch):
+    """480x832, 17 frames and one reference: the lengths that the released code makes its tables for."""
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    experiment = load("refdecoder_wan21_clip17")
+    with torch.device("meta"):
+        said = show.stream_table(experiment, build_decoder(*_with_space(experiment)))
+    assert re.search(r"train.video .* up0 9,360, up1 15,600, up2 28,080 +1 +53,040 ", said)
+    decoder = build_decoder(*_with_space(load("refdecoder_debug", ["objective.reference=ends"])))
+    assert decoder.tokens(3, 4, 6) == {"up0": 6 * 5, "up1": 6 * 7, "up2": 6 * 11}
+    for plain in ("decoder.inject=none", "decoder.inject=controlnet"):
+        assert (
+            build_decoder(*_with_space(load("refdecoder_debug", ["decoder.zero_init=null", plain]))).tokens(3, 4, 6)
+            == {}
+        )
+    assert build_decoder(*_with_space(load("flashdecoder_debug"))).tokens(3, 4, 6) == {}
+
+
+def _with_space(experiment):
+    return experiment, build_space(experiment)
 
 
 def test_an_empty_size_is_refused():

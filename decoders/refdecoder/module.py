@@ -15,6 +15,7 @@ from torch import Tensor
 from datamodules.batch import VideoBatch, batch_size, counted
 from decoders import terms
 from decoders.base import VideoDecoder, key_seed
+from decoders.chunks import reconstruct
 from decoders.latent_spaces.base import LatentSpace
 from decoders.refdecoder import start
 from decoders.refdecoder.model import RefDecoderConfig, build_model
@@ -111,7 +112,12 @@ class RefDecoder(VideoDecoder):
                 f"objective.reverse decodes saved latents with the space's own decoder, which {self.latent_space.name} lacks"
             )
         if not self._resumes():
-            start.fill(self.model, self.objective.start, self.objective.transformer)
+            self.take_start()
+
+    def take_start(self) -> str | None:
+        """As in the base: what ``objective.start`` and ``objective.transformer`` name."""
+        start.fill(self.model, self.objective.start, self.objective.transformer)
+        return None if self.objective.start == "random" else self.objective.start
 
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule
@@ -144,6 +150,12 @@ class RefDecoder(VideoDecoder):
             part = next(p for p, starts in PARTS.items() if name.removeprefix("model.").startswith(starts))
             groups[part][name] = parameter
         return [{"name": name, "params": params} for name, params in groups.items() if params]
+
+    def tokens(self, n: int, y: int, x: int) -> dict[str, int]:
+        """As in the base, at every point, the references of a training step included."""
+        choice, number = self.objective.reference, self.objective.num_references
+        references = number if choice == "random" else 2 if choice == "ends" else 1
+        return self.model.tokens(n, y, x, references)
 
     # ---- references
 
@@ -271,14 +283,7 @@ class RefDecoder(VideoDecoder):
         Raises:
             ValueError: the space cannot encode ``chunk`` frames of this size; names the nearest that it can.
         """
-        self.latent_space.check(chunk, *video.shape[3:])
-        parts = []
-        for piece in video.split(chunk, dim=2):
-            size = tuple(piece.shape[2:])
-            if size[0] < chunk:
-                piece = torch.cat([piece, piece[:, :, -1:].expand(-1, -1, chunk - size[0], -1, -1)], dim=2)
-            parts.append(self.decode(self.encode(piece), size=size, reference=reference))
-        return torch.cat(parts, dim=2)
+        return reconstruct(self, video, reference, chunk=chunk)
 
     def start_stream(self, batch_size: int, height: int, width: int, *, reference=None, generator=None) -> Any:
         """As in the base, with the same references throughout. Raises TypeError where attention sees the whole clip."""

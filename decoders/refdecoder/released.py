@@ -107,8 +107,8 @@ def fill_released(model: RefDecoderModel, state: Mapping[str, Tensor], source: P
     return model
 
 
-def from_released(path: str | Path) -> RefDecoderModel:
-    """The released decoder of Wan 2.1, float32, frozen; as many blocks as the file holds.
+def read_released(path: str | Path) -> tuple[dict[str, Tensor], int]:
+    """The file's tensors, by memory map, and how many Transformer blocks it has.
 
     Raises:
         FileNotFoundError: there is no such file; says where it comes from.
@@ -126,8 +126,14 @@ def from_released(path: str | Path) -> RefDecoderModel:
     blocks = 1 + max((int(number[1]) for number in numbers if number), default=-1)
     if not blocks:
         raise ValueError(f"{file} holds no Transformer blocks, so it is no RefDecoder; get one with {HOW_TO_GET}")
+    return state, blocks
+
+
+def from_released(path: str | Path) -> RefDecoderModel:
+    """The released decoder of Wan 2.1, float32, frozen; as many blocks as the file holds. Raises as :func:`read_released`."""
+    state, blocks = read_released(path)
     model = RefDecoderModel(RefDecoderConfig(blocks=blocks), channels=16, stride_t=4, stride_hw=8)
-    return fill_released(model, state, file).requires_grad_(False).eval()
+    return fill_released(model, state, path).requires_grad_(False).eval()
 
 
 def _clean(name: str) -> str:

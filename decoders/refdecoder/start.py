@@ -4,7 +4,7 @@ from decoders.backbones.staged import StagedDecoder
 from decoders.backbones.videovaeplus import VideoVAEPlusDecoder
 from decoders.backbones.wan import WanDecoder
 from decoders.refdecoder.model import RefDecoderModel
-from decoders.refdecoder.released import from_released
+from decoders.refdecoder.released import fill_released, read_released
 from decoders.refdecoder.t2v_start import start_from_t2v
 
 RELEASED = "refdecoder:"
@@ -32,15 +32,16 @@ def fill(model: RefDecoderModel, name: str | None, transformer: str | None = Non
 
 
 def _fill_released(model: RefDecoderModel, path: str) -> None:
-    released = from_released(path)
-    own, theirs = model.state_dict(), released.state_dict()
-    odd = sorted(own.keys() ^ theirs.keys()) or [k for k, v in own.items() if v.shape != theirs[k].shape]
-    if odd:
+    state, blocks = read_released(path)
+    if model.config.residual != "none" or model.config.layout not in ("wan21", "wan_mini"):
         raise ValueError(
-            f"{path} is RefDecoder on Wan 2.1 with {released.config.blocks} blocks and residual=none, and decoder describes another: "
-            f"{len(odd)} weights do not fit; the first is {odd[0]}"
+            f"{path} is RefDecoder on Wan 2.1 with residual=none; with decoder.layout={model.config.layout} and "
+            f"residual={model.config.residual} its weights would mean something else"
         )
-    model.load_state_dict(theirs)
+    try:
+        fill_released(model, state, path)
+    except ValueError as error:
+        raise ValueError(f"{error}. The file has {blocks} blocks; decoder must describe the same model") from None
 
 
 def _pretrained(name: str, model: RefDecoderModel) -> StagedDecoder:

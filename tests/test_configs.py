@@ -28,8 +28,12 @@ def test_every_experiment_loads(name, monkeypatch):
     monkeypatch.delenv("DATA_ROOT", raising=False)  # a configuration can be read where the data are not
     monkeypatch.delenv("WEIGHTS_ROOT", raising=False)
     experiment = load(name)
-    family = experiment.family.split(".")[1]
-    assert name.startswith(f"{family}_"), f"{name}.yaml trains {family}; its name should begin with that"
+    # A run's name begins with its family's; one of the baseline may begin with its backbone's, as papers know it by that.
+    family, backbone = experiment.family.split(".")[1], getattr(experiment.decoder, "backbone", "")
+    begins = [f"{family}_", *([f"{backbone}_"] if family == "baseline" else [])]
+    assert name.startswith(tuple(begins)), (
+        f"{name}.yaml trains {family}; its name should begin with {' or '.join(begins)}"
+    )
     assert yaml.safe_load(resolved_yaml(experiment)) == as_dict(experiment)
     # `make show` needs channels and strides. A space that reads them from its files can also be told them.
     space = build_space(experiment)

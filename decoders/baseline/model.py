@@ -1,6 +1,7 @@
-"""Autoencoders to compare with: Wan's layout at any size, to be trained, and diffusers' decoders as they are.
+"""Autoencoders to compare with: two layouts at any size, to be trained, and diffusers' decoders as they are.
 
-``build_decoder`` and ``build_encoder`` make our own Wan backbone (``decoders/backbones/wan.py``) in any width.
+``build_decoder`` and ``build_encoder`` make our own Wan backbone (``decoders/backbones/wan.py``) in any width, or
+MAGVIT-v2's (``decoders/backbones/magvit2.py``), the baseline of REGEN's paper.
 ``DiffusersDecoder`` is a diffusers autoencoder's decoder as a plain module: whole clip and, for Wan, one latent frame at
 a time.
 
@@ -9,13 +10,14 @@ random weights, which is all that measuring speed and memory needs. The encoder 
 memory are the decoder's. diffusers is imported when one is built.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from decoders.backbones.magvit2 import Magvit2Config, Magvit2Decoder, Magvit2Encoder
 from decoders.backbones.wan import WanConfig, WanDecoder, WanEncoder
 from decoders.latent_spaces.diffusers import decode_clips, latent_statistics, load_vae
 from decoders.latent_spaces.diffusers_files import VAELayout, find_folder, read_layout
@@ -48,11 +50,18 @@ LAYOUTS = {
 START_LOG_VARIANCE = -6.0
 
 
+# What both backbones read; the other settings are Wan's.
+COMMON = {"backbone", "magvit2", "train_encoder", "mean", "std", "checkpointing"}
+
+
 @dataclass
 class BaselineConfig:
-    """The layout of a Wan autoencoder; its channels and strides are the latent space's. The defaults are Wan 2.1's."""
+    """The layout of an autoencoder; its channels and strides are the latent space's. The defaults are Wan 2.1's."""
 
-    backbone: Literal["wan"] = "wan"
+    backbone: Literal["wan", "magvit2"] = "wan"
+    magvit2: Magvit2Config | None = (
+        None  # the layout with backbone: magvit2, which takes dim ... patch from here instead
+    )
     dim: int = 96  # the decoder's width at full resolution
     encoder_dim: int | None = None  # the encoder's, where it differs
     dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])  # one more than the space halves pixels
@@ -73,7 +82,35 @@ class BaselineConfig:
             raise ValueError(
                 "decoder.start=linear makes encoder and decoder together: it needs decoder.train_encoder=true"
             )
+        self._check_backbone()
         self.layout(1, 1, self.patch * 2 ** (len(self.dim_mult) - 1))  # refuses what no space can save
+
+    def _check_backbone(self) -> None:
+        """Refuse settings of the other backbone: they would be read by nobody."""
+        if self.backbone == "wan":
+            if self.magvit2 is not None:
+                raise ValueError("decoder.magvit2 is set, but decoder.backbone is wan; set decoder.backbone=magvit2")
+            return
+        if self.magvit2 is None:
+            raise ValueError("decoder.backbone=magvit2 needs decoder.magvit2: its multipliers, strides and widths")
+        wan = BaselineConfig()
+        for name in (entry.name for entry in fields(self) if entry.name not in COMMON):
+            if getattr(self, name) != getattr(wan, name):
+                raise ValueError(f"decoder.{name} is a setting of the backbone wan; with magvit2 use decoder.magvit2")
+        if self.magvit2.checkpointing:
+            raise ValueError("decoder.magvit2.checkpointing: set decoder.checkpointing, which covers both halves")
+
+    def magvit2_layout(self, channels: int, stride_t: int, stride_hw: int) -> Magvit2Config:
+        """``magvit2``, checked against the space. Raises ValueError: the strides or the channels are other ones."""
+        own = self.magvit2
+        for name, has, wanted in (
+            ("latent_channels", own.latent_channels, channels),
+            ("strides (frames)", own.stride_t, stride_t),
+            ("strides (pixels)", own.stride_hw, stride_hw),
+        ):
+            if has != wanted:
+                raise ValueError(f"decoder.magvit2.{name} make {has}, but the latent space has {wanted}")
+        return own
 
     def layout(self, channels: int, stride_t: int, stride_hw: int) -> WanConfig:
         """The autoencoder for a space of this shape: the innermost reductions are those that halve the frames too.
@@ -106,21 +143,30 @@ class BaselineConfig:
         )
 
 
-def build_decoder(config: BaselineConfig, channels: int, stride_t: int, stride_hw: int) -> WanDecoder:
+def build_decoder(config: BaselineConfig, channels: int, stride_t: int, stride_hw: int) -> WanDecoder | Magvit2Decoder:
     """Latents "b c n y x" to video "b 3 t h w", with fresh weights."""
-    decoder = WanDecoder(config.layout(channels, stride_t, stride_hw))
+    shape = (channels, stride_t, stride_hw)
+    if config.backbone == "magvit2":
+        decoder = Magvit2Decoder(config.magvit2_layout(*shape), config.mean, config.std)
+    else:
+        decoder = WanDecoder(config.layout(*shape))
     decoder.set_checkpointing(config.checkpointing)
     return decoder
 
 
-def build_encoder(config: BaselineConfig, channels: int, stride_t: int, stride_hw: int) -> WanEncoder:
+def build_encoder(config: BaselineConfig, channels: int, stride_t: int, stride_hw: int) -> WanEncoder | Magvit2Encoder:
     """Video "b 3 t h w" to a posterior's mean and log-variance, each "b c n y x", with fresh weights.
 
     The posterior starts narrow, see ``START_LOG_VARIANCE``.
     """
-    encoder = WanEncoder(config.layout(channels, stride_t, stride_hw))
+    shape = (channels, stride_t, stride_hw)
+    if config.backbone == "magvit2":
+        encoder = Magvit2Encoder(config.magvit2_layout(*shape), variational=True)
+        last = encoder.stages["out"].layers[-1].conv
+    else:
+        encoder = WanEncoder(config.layout(*shape))
+        last = encoder.stages["out"].layers[-1]
     encoder.set_checkpointing(config.checkpointing)
-    last = encoder.stages["out"].layers[-1]
     with torch.no_grad():  # the log-variances, the second half of what comes out
         last.weight[channels:] *= 0.1
         last.bias[channels:] = START_LOG_VARIANCE

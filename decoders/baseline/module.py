@@ -67,7 +67,10 @@ class Baseline(VideoDecoder):
     ) -> None:
         super().__init__(latent_space, training)
         _check_space(config, latent_space)
+        if objective.split_branches and config.backbone != "wan":
+            raise ValueError("objective.split_branches knows the branches of decoder.backbone=wan only")
         self.objective = objective
+        self._computed = config.start == "linear"
         shape = (latent_space.channels, latent_space.stride_t, latent_space.stride_hw)
         self.model = self.build_model(config, *shape)
         self.terms = frozenset({"l1", "mse", "lpips"})
@@ -88,6 +91,10 @@ class Baseline(VideoDecoder):
         self._lpips: Lpips | None = None  # built when first needed: it may have to fetch its weights
 
     build_model = staticmethod(build_decoder)
+
+    def take_start(self) -> str | None:
+        """As in the base: a computed codec is there as soon as the network is."""
+        return "a computed codec (decoder.start=linear)" if self._computed else None
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

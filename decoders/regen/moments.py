@@ -1,0 +1,42 @@
+"""Running mean and standard deviation of latents while their encoder is trained."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Moments(nn.Module):
+    """Moments of what the encoder gave of late: an average over steps that forgets, each step with the same weight.
+
+    Kept beside the weights, not among them: the buffers are not persistent, so weights files do not hold them.
+    """
+
+    def __init__(self, channels: int, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("sums", torch.zeros(3, channels, dtype=torch.float64), persistent=False)
+
+    @torch.no_grad()
+    def update(self, latent: Float[Tensor, "b c n y x"]) -> None:
+        """Take in the latents of one step; nothing waits for the device."""
+        each = latent.detach().double().transpose(0, 1).flatten(1)
+        seen = torch.stack([torch.ones_like(each[:, 0]), each.mean(1), each.square().mean(1)])
+        self.sums.mul_(self.decay).add_(seen)
+
+    def over_ranks(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+        """Mean and standard deviation per channel, the same on all ranks.
+
+        Raises:
+            ValueError: nothing was seen, or a channel is constant or not finite.
+        """
+        sums = self.sums.clone()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        count, mean, squares = sums[0], sums[1] / sums[0], sums[2] / sums[0]
+        std = (squares - mean.square()).clamp(min=0).sqrt()
+        bad = [str(i) for i, ok in enumerate(((count > 0) & (std > 0) & std.isfinite()).tolist()) if not ok]
+        if bad:
+            raise ValueError(
+                f"latent channels {', '.join(bad)} are constant or not finite: there is nothing to normalise"
+            )
+        return mean.float(), std.float()

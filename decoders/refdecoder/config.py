@@ -19,7 +19,14 @@ class RefDecoderConfig:
     head_dim: int = 128
     ffn: int = 8960
     rope_split: list[int] | None = None  # of a head's dimensions: time, height, width; null: 44, 42, 42 of 128
+    # Before which of the backbone's stages references meet the video, in order; null: the layout's own three. Wan has up0 ...
+    # up3 and out, of which the last two are at full resolution, where VideoVAE+'s layout has points (ours).
+    points: list[str] | None = None
     patches: list[int] | None = None  # cells on a token's side at each point; null: 16 pixels everywhere
+    # channel: video and references lose every channel's mean and scale on their way into the tokens, and reference encoders their
+    # norm, which hides brightness; a backbone with large constant features needs it (wan_mini, ours).
+    # layout: as released, nothing on Wan, and on VideoVAE+ GroupNorms and no norm of the encoder
+    point_norms: Literal["layout", "channel"] = "layout"
     shared: bool = True  # one set of blocks for all points, or one for each
     # What comes out of the Transformer. none: takes the features' place (released code, Wan); video: is added to the
     # video's and takes the references' place (released code, VideoVAE+); both: is added to both (ours).
@@ -38,6 +45,7 @@ class RefDecoderConfig:
             "inject",
             "residual",
             "attention",
+            "point_norms",
         ):  # configs check these too; whoever builds one in Python does not
             allowed = RefDecoderConfig.__annotations__[name].__args__
             if getattr(self, name) not in allowed:
@@ -50,8 +58,14 @@ class RefDecoderConfig:
             raise ValueError(
                 f"decoder.rope_split={list(split)} must be three even numbers that sum to head_dim={self.head_dim}"
             )
-        if self.patches is not None and (len(self.patches) != 3 or min(self.patches) < 1):
-            raise ValueError(f"decoder.patches={list(self.patches)} must be three numbers of 1 or more, or null")
+        if self.points is not None and (not self.points or self.inject == "controlnet"):
+            raise ValueError(
+                f"decoder.points={list(self.points)} must name a stage, and inject=controlnet has its own: set null"
+            )
+        number = 3 if self.points is None else len(self.points)
+        if self.patches is not None and (len(self.patches) != number or min(self.patches) < 1):
+            count = "three numbers" if number == 3 else f"as many numbers as points ({number})"
+            raise ValueError(f"decoder.patches={list(self.patches)} must be {count} of 1 or more, or null")
         if self.reread and self.inject != "attention":
             raise ValueError(f"decoder.reread=true is for inject=attention, not {self.inject}")
         if self.local_start and min(split[1:]) < 2:

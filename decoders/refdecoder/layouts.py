@@ -10,6 +10,7 @@ A token is 16 x 16 pixels of one frame everywhere, so one set of blocks serves a
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from decoders.backbones.staged import StagedDecoder
 from decoders.backbones.videovaeplus import VideoVAEPlusConfig, VideoVAEPlusDecoder
@@ -17,6 +18,7 @@ from decoders.backbones.wan import LAYOUTS, WanConfig, WanDecoder
 
 NAMES = (*LAYOUTS, "wan_mini", "videovaeplus")
 TOKEN = 16  # pixels on a token's side
+Norms = Literal["none", "group", "channel"]  # GroupNorms of up to 32 groups, or with every channel a group of its own
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Layout:
     drop_frames: int  # frames per latent frame there
     frozen: tuple[str, ...]  # beginnings of the names of weights that are never trained (App. B.2)
     encoder_norm: bool  # whether the reference encoder ends in a norm
-    point_norms: bool  # whether video and reference each pass a GroupNorm on their way into the tokens
+    point_norms: Norms  # of video and reference, each by itself, on their way into the tokens
     branch: tuple[str, ...]  # stages that a ControlNet's copy runs before the first point
     causal: bool
 
@@ -60,48 +62,68 @@ class Layout:
         return lengths
 
 
-def wan(config: WanConfig) -> Layout:
-    """Before every stage that enlarges. Dropping comes after the frozen 1x1x1 convolution, as in the released code."""
+def wan(config: WanConfig, names: list[str] | None = None) -> Layout:
+    """Before every stage that enlarges, or those of up0 ... up3 and out that are named. Dropping comes after the frozen
+    1x1x1 convolution, as in the released code."""
     points, frames = [], 1
     widths = [config.dim * mult for mult in (config.dim_mult[-1], *reversed(config.dim_mult))]
-    for number, doubles in enumerate(reversed(config.temporal)):
+    for number, doubles in enumerate((*reversed(config.temporal), None)):
         channels = widths[number] // (2 if number and not config.residual else 1)
         cell = config.stride_hw // 2**number
         points.append(Point(f"up{number}", channels, cell, max(1, TOKEN // cell), frames))
         frames *= 2 if doubles else 1
+    points.append(replace(points[-1], before="out", channels=widths[-1]))
     return Layout(
-        points=tuple(points),
+        points=_chosen(points, [f"up{number}" for number in range(len(config.temporal))] if names is None else names),
         drop=("conv_in", 1),
         drop_frames=1,
         frozen=("stages.conv_in.layers.0.",),
         encoder_norm=True,
-        point_norms=False,
+        point_norms="none",
         branch=("mid",),
         causal=True,
     )
 
 
-def videovaeplus(config: VideoVAEPlusConfig) -> Layout:
-    """At the two finest levels and before the head. Dropping comes after the frozen decoder of latent time."""
+def videovaeplus(config: VideoVAEPlusConfig, names: list[str] | None = None) -> Layout:
+    """At the two finest levels and before the head, or those of them that are named. Dropping comes after the frozen
+    decoder of latent time."""
     dim, mult, frames = config.dim, config.dim_mult, config.stride_t
+    points = [
+        Point("level1", dim * mult[2], 2, TOKEN // 2, frames),
+        Point("level0", dim * mult[1], 1, TOKEN, frames),
+        Point("out", dim * mult[0], 1, TOKEN, frames),
+    ]
     return Layout(
-        points=(
-            Point("level1", dim * mult[2], 2, TOKEN // 2, frames),
-            Point("level0", dim * mult[1], 1, TOKEN, frames),
-            Point("out", dim * mult[0], 1, TOKEN, frames),
-        ),
+        points=tuple(points) if names is None else _chosen(points, names),
         drop=("conv_in", 0),
         drop_frames=frames,
         frozen=("stages.temporal.",),
         encoder_norm=False,  # the norms at the points do its work
-        point_norms=True,
+        point_norms="group",
         branch=(),
         causal=False,
     )
 
 
+def _chosen(points: list[Point], names: list[str]) -> tuple[Point, ...]:
+    """The points before the named stages."""
+    known = [point.before for point in points]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"decoder.points: no place before {unknown[0]}; there are {', '.join(known)}")
+    if names != sorted(set(names), key=known.index):
+        raise ValueError(f"decoder.points={list(names)} must be in the order {', '.join(known)}, each once")
+    return tuple(point for point in points if point.before in names)
+
+
 def build_backbone(
-    name: str, dim: int | None, patches: list[int] | None, channels: int, stride_t: int, stride_hw: int
+    name: str,
+    dim: int | None,
+    patches: list[int] | None,
+    channels: int,
+    stride_t: int,
+    stride_hw: int,
+    points: list[str] | None = None,
 ) -> tuple[StagedDecoder, Layout]:
     """The backbone of a layout with random weights, and where references meet its video.
 
@@ -110,9 +132,10 @@ def build_backbone(
         dim: another width at full resolution than the layout's; None for its own.
         patches: other tokens than the layout's, as cells on their side at each point; None for its own.
         channels, stride_t, stride_hw: of the latent space.
+        points: before which stages, in order; None for the layout's own places.
 
     Raises:
-        ValueError: there is no such layout, or it decodes with other strides than the latent space has.
+        ValueError: there is no such layout or stage, or it decodes with other strides than the latent space has.
     """
     if name not in NAMES:
         raise ValueError(f"decoder.layout={name} is none of {', '.join(NAMES)}")
@@ -135,16 +158,16 @@ def build_backbone(
             groups = max(1, config.groups * dim // config.dim)
             config = replace(config, dim=dim, temporal_dim=dim, groups=groups)
         config = replace(config, channels=channels)
-        return VideoVAEPlusDecoder(config), _patched(videovaeplus(config), patches)
+        return VideoVAEPlusDecoder(config), _patched(videovaeplus(config, points), patches)
     if channels != config.channels:  # another space in the same layout: its statistics are not the release's
         config = replace(config, channels=channels, mean=None, std=None)
     if dim is not None:
         config = replace(config, dim=dim, encoder_dim=None)
-    return WanDecoder(config), _patched(wan(config), patches)
+    return WanDecoder(config), _patched(wan(config, points), patches)
 
 
 def _patched(layout: Layout, patches: list[int] | None) -> Layout:
     if patches is None:
         return layout
-    points = zip(layout.points, patches, strict=True)
-    return replace(layout, points=tuple(replace(point, patch=patch) for point, patch in points))
+    pairs = zip(layout.points, patches, strict=True)
+    return replace(layout, points=tuple(replace(point, patch=patch) for point, patch in pairs))

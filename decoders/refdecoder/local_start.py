@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from decoders.refdecoder.transformer import THETA, Block
 
-FALL = 2.0  # how much lower the score of the next token to the side is
+FALL = 4.0  # how much lower the score of the next token to the side is
 SLOWEST = 0.1  # radians a token: slower pairs of dimensions hardly tell neighbours apart
 TILT = 0.75  # slower pairs weigh more, which keeps the fast ones' repetitions (6 tokens on) far below the middle
 WEIGHT = 4.0  # of the bias against what random weights make of a token

@@ -7,6 +7,7 @@ Plain ``nn.Module``. What the paper and the released code leave open, and what w
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,10 @@ class RefDecoderModel(nn.Module):
         self.config = config
         self.channels, self.stride_t, self.stride_hw = channels, stride_t, stride_hw
         shape = (channels, stride_t, stride_hw)
-        self.backbone, self.layout = build_backbone(config.layout, config.dim, config.patches, *shape)
+        points = None if config.points is None else list(config.points)
+        self.backbone, self.layout = build_backbone(config.layout, config.dim, config.patches, *shape, points)
+        if config.point_norms == "channel":
+            self.layout = replace(self.layout, point_norms="channel", encoder_norm=False)
         self.injection = _build_injection(config, self.layout, self.backbone)
         self.encoder = None if self.injection is None else ReferenceEncoder(self.layout)
         later = range(1, len(self.layout.points)) if config.reread else ()
@@ -143,6 +147,15 @@ class RefDecoderModel(nn.Module):
     def keep_shape(self, latent_frames: int, rows: int, columns: int) -> tuple[int, int, int, int]:
         """Shape (1, k, y, x) of one clip's mask of kept positions, for latents of so many frames, rows and columns."""
         return 1, latent_frames * self.layout.drop_frames, rows, columns
+
+    def tokens(self, latent_frames: int, rows: int, columns: int, references: int = 1) -> dict[str, int]:
+        """Tokens of a clip, references included, that pass the blocks at every point, by the name of the stage that follows.
+        Unless attention is windowed all of a point see one another. Empty without attention."""
+        if not isinstance(self.injection, JointAttention):
+            return {}
+        size = (rows * self.stride_hw, columns * self.stride_hw)
+        lengths = self.layout.sequence_lengths(latent_frames, *size, references)
+        return {point.before: length for point, length in zip(self.layout.points, lengths, strict=True)}
 
     # ---- streams
 

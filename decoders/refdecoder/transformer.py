@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decoders.layers.tables import kept
-from decoders.refdecoder.layouts import Point
+from decoders.refdecoder.layouts import Norms, Point
 
 EPS = 1e-6
 THETA = 10_000.0
@@ -149,11 +149,11 @@ class Gate(nn.Module):
     that is no multiple of the patch is padded with zeros to the right and below, and cropped again.
 
     Args:
-        norms: give video and reference each a GroupNorm on the way in.
+        norms: give video and reference each a GroupNorm on the way in, of up to 32 groups or one for every channel.
         zero_init: begin with nothing coming out, instead of Xavier's uniform numbers.
     """
 
-    def __init__(self, point: Point, dim: int, norms: bool, zero_init: bool) -> None:
+    def __init__(self, point: Point, dim: int, norms: Norms, zero_init: bool) -> None:
         super().__init__()
         self.patch = point.patch
         numbers = point.channels * point.patch**2
@@ -161,8 +161,9 @@ class Gate(nn.Module):
         nn.init.zeros_(self.project.bias)
         (nn.init.zeros_ if zero_init else nn.init.xavier_uniform_)(self.project.weight)
         self.norm_video = self.norm_reference = None
-        if norms:
-            groups = next(g for g in range(min(32, point.channels), 0, -1) if point.channels % g == 0)
+        if norms != "none":
+            most = 32 if norms == "group" else point.channels
+            groups = next(g for g in range(min(most, point.channels), 0, -1) if point.channels % g == 0)
             self.norm_video, self.norm_reference = (nn.GroupNorm(groups, point.channels, EPS) for _ in range(2))
 
     def video_tokens(self, video: Float[Tensor, "b c t y x"]) -> Float[Tensor, "b t Y X D"]:

@@ -197,7 +197,7 @@ def memory(experiment: Experiment, decoder: Any) -> str:
         f"  at {largest}, with what the backward pass recomputes and lays aside: {states - network + peak / GIB:.2f} GiB\n"
         f"  states = {formula}\n"
         f"  activations = what the network keeps for its backward pass at this batch size in {precision}, counted tensor\n"
-        "  by tensor. Not counted: the frozen encoder, the losses' networks, a discriminator's activations, DDP's buckets,\n"
+        "  by tensor. Not counted: the encoder, the losses' networks, a discriminator's activations, DDP's buckets,\n"
         "  the allocator's slack. TensorBoard shows the measured peak."
     )
 

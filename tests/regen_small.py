@@ -1,10 +1,14 @@
-"""Small REGEN decoders, latents and seeds for the tests."""
+"""Small REGEN decoders, latents, clips and seeds for the tests."""
 
 import torch
 from torch import Tensor, nn
 
+from datamodules.batch import VideoBatch
 from decoders.regen.config import RegenConfig, SirenConfig
 from decoders.regen.model import RegenDecoder
+from decoders.regen.module import Regen
+from experiments.config import load
+from experiments.train import build
 
 CHANNELS, K, STRIDE_HW = 8, 4, 8
 SIREN = SirenConfig(width=32, out=16)
@@ -40,3 +44,19 @@ def tiny(chunked: bool = True, k: int = K, **changes) -> RegenDecoder:
 
 def latents(n: int = 4, batch: int = 2, size: tuple[int, int] = (2, 3)) -> Tensor:
     return torch.randn(batch, CHANNELS, n, *size)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def made(*overrides: str, name: str = "regen_debug") -> Regen:
+    torch.manual_seed(0)
+    decoder = build(load(name, overrides))
+    decoder.training_config.validation.metrics = ["psnr"]
+    return decoder
+
+
+def clip(t: int, side: int = 32, b: int = 2) -> VideoBatch:
+    video = torch.rand(b, 3, t, side, side, generator=generator(t)) * 2 - 1
+    return {"video": video, "key": [f"clip{i}" for i in range(b)]}

@@ -13,7 +13,7 @@ from decoders.regen.conditioning import ContentAware, Siren, fold_frames
 from decoders.regen.config import RegenConfig, SirenConfig
 from decoders.regen.dit import DiT
 from decoders.regen.model import RegenDecoder
-from decoders.regen.sampler import linear_estimate
+from decoders.regen.sampler import skip_factors
 from decoders.regen.windows import num_frames
 
 
@@ -180,10 +180,10 @@ def test_a_last_layer_of_zeros_predicts_zero_and_learns_in_a_step() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "epsilon"])
-def test_with_skip_the_untrained_prediction_is_the_linear_estimate(prediction: str) -> None:
+def test_with_skip_the_untrained_prediction_is_that_of_grey(prediction: str) -> None:
     model, noisy = untrained(skip=True, prediction=prediction), torch.randn(2, 3, K + 1, 16, 24)
     level = torch.tensor([0.2, 0.9])
-    expected = linear_estimate(level, prediction).view(-1, 1, 1, 1, 1) * noisy
+    expected = skip_factors(level, prediction, 0.15)[0].view(-1, 1, 1, 1, 1) * noisy
     torch.testing.assert_close(model(latents(2), noisy, level), expected)
 
 

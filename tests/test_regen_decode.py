@@ -7,12 +7,13 @@ import pytest
 import torch
 from regen_small import CHANNELS, STRIDE_HW, VARIANTS, K, latents, tiny
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from decoders.regen.config import SirenConfig
+from decoders.regen.config import RegenConfig, SirenConfig
 from decoders.regen.model import RegenDecoder
-from decoders.regen.sampler import coefficients_of, linear_estimate, sample, variance_preserving
+from decoders.regen.sampler import coefficients_of, sample, skip_factors, variance_preserving
 from decoders.regen.windows import asked, num_frames, whole_pair
 
 
@@ -67,18 +68,21 @@ def test_the_schedule_is_stable_diffusions() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "epsilon"])
-def test_the_skip_is_the_best_linear_estimate(prediction: str) -> None:
-    """By least squares over many draws. Its ends: all of the noise, and of the clean video nothing or its negative."""
-    clean, noise = 0.5 * torch.randn(200_000), torch.randn(200_000)
+@pytest.mark.parametrize("spread", [0.1, 0.5])
+def test_the_skip_is_the_best_linear_estimate(prediction: str, spread: float) -> None:
+    """By least squares over many draws, from the noisy pixel and the mean. Pure noise: the clean video is the mean."""
+    mean, noise = torch.randn(200_000), torch.randn(200_000)
+    clean = mean + spread * torch.randn(200_000)
     for level in (0.1, 0.5, 0.9):
         a, b = coefficients_of(prediction)(torch.tensor(level))
-        x, target = a * clean + b * noise, noise - clean if prediction == "velocity" else noise
-        assert linear_estimate(torch.tensor(level), prediction) == pytest.approx(
-            ((x * target).mean() / x.square().mean()).item(), abs=0.02
-        )
-    low, high = linear_estimate(torch.tensor([0.0, 1.0]), prediction)
-    assert low == (-1 if prediction == "velocity" else 0)
-    assert high == pytest.approx(1, abs=0.01)
+        known = torch.stack([a * clean + b * noise, mean], dim=1)
+        target = noise - clean if prediction == "velocity" else noise
+        found = torch.linalg.lstsq(known, target[:, None]).solution[:, 0]
+        factors = skip_factors(torch.tensor(level), prediction, spread)
+        torch.testing.assert_close(torch.stack(factors), found, atol=0.04, rtol=0.02)
+    of_noisy, of_mean = skip_factors(torch.ones(1), prediction, spread)
+    if prediction == "velocity":
+        assert (of_noisy, of_mean) == (1, -1)
 
 
 def test_a_guide_sets_the_first_frame_and_the_last_is_kept() -> None:
@@ -269,6 +273,26 @@ class Live(TorchDispatchMode):
                     weakref.finalize(storage, self.alive.pop, storage._cdata).atexit = False
         self.peak = max(self.peak, sum(self.alive.values()))
         return result
+
+
+@pytest.mark.parametrize(
+    ("side", "autocast", "gib"), [(256, False, 1.7), (512, False, 6.9), (256, True, 4.2), (512, True, 10.2)]
+)
+def test_memory_of_33_frames_is_what_the_readme_says(side: int, autocast: bool, gib: float) -> None:
+    """At full size, beyond the weights, without allocating any; one pass of one pair."""
+    kept = torch.get_default_dtype()
+    with FakeTensorMode():
+        torch.set_default_dtype(torch.float32 if autocast else torch.bfloat16)
+        try:
+            model = RegenDecoder(RegenConfig(), CHANNELS, 32, STRIDE_HW, chunked=True)
+        finally:
+            torch.set_default_dtype(kept)
+        latent, noise = torch.empty(1, CHANNELS, 2, side // 8, side // 8), torch.empty(1, 3, 33, side, side)
+        live = Live()
+        live.alive = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), live:
+            model(latent, noise)
+    assert live.peak / 2**30 == pytest.approx(gib, rel=0.02)
 
 
 @pytest.mark.parametrize("extension", [False, True])

@@ -1,10 +1,10 @@
 """REGEN's objective: what is cut from a clip, tasks that move, statistics, and what validation measures."""
 
-import csv
-import json
+import re
 
 import pytest
 import torch
+from regen_small import clip, generator, made
 
 from datamodules.batch import VideoBatch
 from decoders.latent_spaces.dct import DCT, DCTConfig
@@ -18,22 +18,6 @@ from experiments.train import build, train
 
 TASKS = ("reconstruct", "interpolate", "extrapolate")
 K = 4
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def made(*overrides: str, name: str = "regen_debug") -> Regen:
-    torch.manual_seed(0)
-    decoder = build(load(name, overrides))
-    decoder.training_config.validation.metrics = ["psnr"]
-    return decoder
-
-
-def clip(t: int, side: int = 32, b: int = 2) -> VideoBatch:
-    video = torch.rand(b, 3, t, side, side, generator=generator(t)) * 2 - 1
-    return {"video": video, "key": [f"clip{i}" for i in range(b)]}
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -84,9 +68,21 @@ def test_tasks_come_as_often_as_asked_and_move() -> None:
     drawn = [draw_task(0.25, 0.5, one) for _ in range(4000)]
     shares = [drawn.count(task) / len(drawn) for task in TASKS]
     assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.03)
-    for wrong in ({"interpolation": 0.7, "extrapolation": 0.6}, {"interpolation": -0.1}, {"at_one": 2.0}):
+    between = {"end": 0.0, "from_step": 500, "to_step": 900}, {"end": 0.9, "to_step": 100}
+    for wrong in (
+        {"interpolation": 0.7, "extrapolation": 0.6},
+        {
+            "interpolation": {"start": 0.9} | between[0],
+            "extrapolation": {"start": 0.0} | between[1],
+        },  # 1.8 at 100 to 500
+        {"interpolation": -0.1},
+        {"at_one": 2.0},
+    ):
         with pytest.raises(ValueError, match="must lie in|more than 1 together"):
             RegenObjective(**wrong)
+    for wrong in ("half", {"start": 0.0, "end": 0.5}):
+        with pytest.raises(ValueError, match="numbers or schedules"):
+            RegenObjective(interpolation=wrong)
 
 
 # --- what the network is given ----------------------------------------------------------------------------------------
@@ -149,12 +145,30 @@ def test_over_a_frozen_space_every_pair_has_the_frames_of_its_times(task: str, m
 
 def test_an_image_trains_the_path_of_a_first_frame() -> None:
     decoder = made()
+    torch.nn.init.xavier_uniform_(decoder.model.dit.final.weight)
     decoder.losses(clip(1))["diffusion"].backward()
-    decoder.zero_grad()
+    for part in (decoder.encoder, decoder.model.condition):
+        silent = [name for name, p in part.named_parameters() if p.grad is None or not p.grad.any()]
+        assert silent == (["siren.sines.0.weight"] if part is decoder.model.condition else [])  # times time 0
     batch = clip(2 * K + 1)
     image = decoder.encoder(batch["video"][:, :, :1])[0]
     video = decoder.encoder(batch["video"][:, :, : K + 1])[0]
     assert torch.equal(image[:, :, 0], video[:, :, 0])
+
+
+@pytest.mark.parametrize("name", ["regen_debug", "regen_space_debug"])
+def test_frames_without_a_target_may_hold_anything(name: str) -> None:
+    decoder = made("objective.interpolation=0.0", "objective.extrapolation=0.0", name=name)
+    torch.nn.init.xavier_uniform_(decoder.model.dit.final.weight)
+    whole, counted, found = clip(K + 1), torch.arange(K + 1) < 3, []
+    for anything in (0.5, float("nan")):
+        video = torch.where(counted[:, None, None], whole["video"], anything)
+        torch.manual_seed(1)
+        batch = {"video": video, "source": whole["video"], "supervised": counted.expand(2, -1), "key": whole["key"]}
+        found.append(decoder.losses(batch)["diffusion"])
+    assert found[0].isfinite() and torch.equal(*found)
+    found[1].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in decoder.parameters())
 
 
 def test_kl_is_a_term_of_a_variational_encoder_alone() -> None:
@@ -176,6 +190,13 @@ def test_long_videos_are_encoded_chunk_by_chunk() -> None:
     parts = [decoder.encode(part) for part in video.split(K + 1, dim=2)]
     torch.testing.assert_close(whole, torch.cat(parts, dim=2))
     assert whole.shape[2] == 6
+
+
+def test_latents_keep_their_digits_under_autocast() -> None:
+    decoder, video = made(), clip(K + 1)["video"]
+    with torch.autocast("cpu", torch.bfloat16):
+        latent = decoder.encode(video)
+    assert torch.equal(latent, decoder.encode(video))
 
 
 @pytest.mark.parametrize("change", ["decoder.patch_t=1", "decoder.patch_t=2", "decoder.conditioning=in_context"])
@@ -206,6 +227,26 @@ def test_moments_are_those_of_the_latents() -> None:
         Moments(3).over_ranks()
 
 
+def test_moments_are_of_all_ranks_and_survive_a_resume(monkeypatch) -> None:
+    decoder, other = made(), Moments(4)
+    decoder.moments.update(torch.randn(2, 4, 2, 8, 8, generator=generator(1)))
+    other.update(torch.randn(2, 4, 2, 8, 8, generator=generator(2)) + 3)
+    assert not any(
+        "moments" in name for name, _ in decoder.named_buffers()
+    )  # DDP sends rank 0's to all before each pass
+    checkpoint = {}
+    decoder.on_save_checkpoint(checkpoint)
+    resumed = made()
+    resumed.on_load_checkpoint(checkpoint)
+    assert torch.equal(resumed.moments.sums, decoder.moments.sums) and decoder.moments.sums.any()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.add_(other.sums))
+    mean, std = resumed.moments.over_ranks()
+    assert mean.tolist() == pytest.approx([1.5] * 4, abs=0.3)
+    assert std.tolist() == pytest.approx([(1 + 1.5**2) ** 0.5] * 4, abs=0.3)
+    assert torch.equal(resumed.moments.sums, decoder.moments.sums)  # not changed by asking
+
+
 def test_the_last_step_freezes_statistics_that_change_no_picture(runs_root) -> None:
     overrides = ["trainer.max_steps=4", "trainer.progress_bar=false", "trainer.val_every_steps=4"]
     experiment = load("regen_debug", overrides)
@@ -222,56 +263,6 @@ def test_the_last_step_freezes_statistics_that_change_no_picture(runs_root) -> N
     torch.testing.assert_close(decoder.decode(decoder.encode(batch), generator=generator(1)), shown, atol=1e-4, rtol=0)
 
 
-# --- validation ---------------------------------------------------------------------------------------------------------
-
-
-def test_validation_scores_what_each_task_asks_for(runs_root) -> None:
-    """Every second frame encoded: the others count. Frames ahead: those count. Two chunks: the seam is a group."""
-    stream = "{{sources: [unseen], size: [32, 48], num_frames: {}, batch_size: 2}}"
-    overrides = [
-        "trainer.max_steps=2", "trainer.progress_bar=false", "trainer.val_every_steps=2", "validation.metrics=[psnr,jump]",
-        "objective.tasks={between: interpolate, ahead: extrapolate}", "objective.ahead=3", "objective.compare_seeds=1",
-        "objective.compare_extension=true", f"data.val.between={stream.format(9)}", f"data.val.ahead={stream.format(8)}",
-    ]  # fmt: skip
-    folder = train(load("regen_debug", overrides), "regen_debug", overrides)
-    rows = list(csv.DictReader((folder / "evaluation" / "clips.csv").open()))
-    frames = {row["stream"]: int(row["frames"]) for row in rows}
-    assert frames == {"unseen": 10, "between": 4, "ahead": 3}
-    methods = {name: {row["method"] for row in rows if row["stream"] == name} for name in frames}
-    for name in frames:
-        assert {"decoder", "2 steps", "other noise 1", "repeated frames", "mean colour of the clip"} <= methods[name]
-    assert "average of the frames beside" in methods["between"] - methods["unseen"] - methods["ahead"]
-    assert "2 steps, latent extension" in methods["unseen"] - methods["between"] - methods["ahead"]
-    for control in ("motion of another clip", "content of another clip"):
-        assert control in methods["unseen"] - methods["between"] - methods["ahead"]
-    own = next(row for row in rows if row["stream"] == "unseen" and row["method"] == "decoder")
-    assert float(own["jump_seam"]) > 0 and float(own["jump_inside"]) > 0
-    result = json.loads((folder / "evaluation" / "result.json").read_text())
-    assert {mean["stream"] for mean in result["means"]} == frames.keys()
-
-
-def test_the_average_of_neighbours_is_right_on_a_line() -> None:
-    """On a clip whose brightness grows evenly the mean of the frames beside is the frame."""
-    from decoders.regen import controls
-
-    video = torch.linspace(-1, 1, 9)[None, None, :, None, None].expand(1, 3, 9, 8, 8)
-    scored = torch.tensor([[bool(i % 2) for i in range(9)]])
-    torch.testing.assert_close(controls._averaged({"video": video, "supervised": scored, "key": ["a"]}), video)
-    assert controls._averaged({"video": video, "key": ["a"]}) is None
-
-
-def test_other_steps_and_batches_change_what_they_should(runs_root) -> None:
-    decoder = made()
-    with torch.no_grad():
-        torch.nn.init.normal_(decoder.model.dit.final.weight, std=0.3, generator=generator(5))
-    latent = decoder.encode(clip(K + 1)["video"])
-    one, again, four = (decoder.decode(latent[:1], steps=n, generator=generator(3)) for n in (1, 1, 4))
-    assert torch.equal(one, again) and not torch.equal(one, four)
-    assert torch.equal(decoder.decode(latent[:1]), decoder.decode(latent[:1]))  # without a generator: the run's seed
-    between = decoder.decode(latent, times=[0.5, 3.25])
-    assert between.shape == (2, 3, 2, 32, 32)
-
-
 # --- refusals -----------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +272,12 @@ def test_other_steps_and_batches_change_what_they_should(runs_root) -> None:
         ("data.train.video.num_frames=8", "interpolate with k = 4 takes 9 or more"),
         ("data.train.video.num_frames=3", "the nearest are 1 and 5"),
         ("data.val.unseen.num_frames=9", "the nearest are 5 and 10"),
+        ("objective.tasks={unseen: interpolate}", "10 frames: to interpolate takes an odd number"),
+        ("objective.tasks={unsen: interpolate}", "objective.tasks.unsen: no such stream in data.val; there are unseen"),
+        ("objective.ahead=10 objective.tasks={unseen: extrapolate}", "none is left to encode"),
+        ("pad=replicate data.train.video.size=[30,32]", "30x32: what is trained on is never padded"),
+        ("data.train.video.num_frames=8 data.train.video.extend=[1,1]", "leave extend out"),
+        ("pad=replicate objective.ahead=3 objective.tasks={unseen: extrapolate}", "7 frames: .* whole chunks"),
         ("objective.tasks={unseen: guess}", "there are reconstruct, interpolate, extrapolate"),
         ("objective.controls=[shuffled]", "no 'shuffled'"),
         ("objective.steps=0", "must be 1 or more"),
@@ -290,8 +287,9 @@ def test_other_steps_and_batches_change_what_they_should(runs_root) -> None:
     ],
 )
 def test_what_cannot_work_is_told_before_any_step(override: str, message: str, runs_root) -> None:
+    overrides = re.split(r" (?=objective|data)", override)
     with pytest.raises((ConfigError, ValueError), match=message):
-        train(load("regen_debug", [override, "trainer.progress_bar=false"]), "regen_debug", [override])
+        train(load("regen_debug", [*overrides, "trainer.progress_bar=false"]), "regen_debug", overrides)
 
 
 def test_a_frozen_space_takes_no_encoder_and_must_be_causal() -> None:

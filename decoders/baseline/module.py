@@ -115,8 +115,8 @@ class Baseline(VideoDecoder):
     def encode(
         self, video: Float[Tensor, "b 3 t h w"], *, sample: bool = False, generator: torch.Generator | None = None
     ) -> Float[Tensor, "b c n y x"]:
-        """As in the base; a trained encoder gives its posterior's mean or a ``sample`` of it, in float32, four frames
-        at a time."""
+        """As in the base; a trained encoder gives its posterior's mean or a ``sample`` of it, in float32, as many
+        frames at a time as a latent frame has."""
         if self.encoder is None:
             return super().encode(video, sample=sample, generator=generator)
         video = self.fitted(video)

@@ -80,6 +80,7 @@ class Chunked(LatentSpace):
         )
 
     def _length_error(self, t: int) -> str:
+        t = max(t, 0)
         below = t // self.chunk * self.chunk or 1
         return (
             f"{t} frames: the chunked space encodes whole chunks of {self.chunk} frames, or an image of 1; the nearest are "

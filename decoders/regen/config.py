@@ -43,13 +43,15 @@ class RegenConfig:
     first_frame: Literal["content", "linear", "letter"] = (
         "content"  # readings of the first-frame rule, see ContentAware
     )
+    gain: float = 1.0  # of C_e's norm at first: how loud the latents are beside the noise and what blocks add
     siren: SirenConfig = field(default_factory=SirenConfig)
     prediction: Literal["velocity", "epsilon"] = (
         "velocity"  # epsilon: the paper's formula, whose last step divides by 0.07
     )
-    # Add the noisy video to the prediction, by as much as it alone says of it: the network need not carry the noise from its
-    # first layer to its last, for which a width below 3 patch^2 has no room.
+    # The network gives the mean of the clean video, to which the noisy one is added by as much as it says besides: noise need not
+    # be carried from the first layer to the last, for which a width below 3 patch^2 has no room.
     skip: bool = False
+    spread: float = 0.15  # of pixels about that mean, as skip takes it; RGB in [-1, 1]
     checkpointing: bool = False  # run blocks again in the backward pass
     encoder: Magvit2Config | None = None  # the space's, trained with the decoder; null: the space is frozen
 
@@ -60,5 +62,7 @@ class RegenConfig:
             raise ValueError(f"decoder.heads={self.heads} must divide decoder.width={self.width}")
         if self.conditioning == "in_context" and self.first_frame != "content":
             raise ValueError("decoder.first_frame is a rule of the embedding; conditioning=in_context has none")
+        if min(self.gain, self.spread) <= 0:
+            raise ValueError(f"decoder.gain={self.gain} and spread={self.spread} must be above 0")
         if self.patch_t not in (1, 2):
             raise ValueError(f"decoder.patch_t={self.patch_t} must be 1 or 2")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from datamodules.batch import VideoBatch
 from decoders.base import Method
+from decoders.regen.windows import num_pairs
 
 if TYPE_CHECKING:
     from decoders.regen.module import Regen
@@ -45,8 +46,7 @@ def _decoded(decoder: "Regen", batch: VideoBatch, noise: int = 0, **sampling) ->
 
 
 def _extended(decoder: "Regen", batch: VideoBatch, steps: int) -> Tensor | None:
-    chunk = getattr(decoder.latent_space, "chunk", 0)
-    if not chunk or batch["video"].shape[2] <= chunk or decoder.sampling(batch):
+    if num_pairs(batch["latent"].shape[2], decoder.model.chunked) < 2 or decoder.sampling(batch):
         return None  # no seam
     return _decoded(decoder, batch, steps=steps, extension=True)
 
@@ -59,7 +59,12 @@ def _shuffled(decoder: "Regen", batch: VideoBatch, part: int) -> Tensor | None:
     t, (h, w) = batch["video"].shape[2], batch["video"].shape[3:]
     mixed = latent.clone()
     for index, key in enumerate(batch["key"]):
-        other = decoder.trainer.datamodule.another_clip(key)[None].to(latent.device)
+        try:
+            other = decoder.trainer.datamodule.another_clip(key)[None].to(latent.device)
+        except ValueError:
+            if decoder.trainer.datamodule.num_val_files > 1:
+                raise
+            return None  # all clips are of one film
         if other.shape[2] < t or other.shape[3] < h or other.shape[4] < w:
             return None
         mixed[index, :, part::2] = decoder.encode(other[:, :, :t, :h, :w])[0, :, part::2]
@@ -72,7 +77,7 @@ def _repeated(decoder: "Regen", batch: VideoBatch) -> Tensor:
     video = batch["video"]
     t, chunk = video.shape[2], getattr(decoder.latent_space, "chunk", video.shape[2])
     frames = [i // chunk * chunk for i in range(t)]
-    if "supervised" in batch:
+    if decoder.sampling(batch):  # what is scored is what was not encoded
         scored = batch["supervised"][0].tolist()
         frames = [max([j for j in range(i + 1) if not scored[j]], default=0) for i in range(t)]
     return video[:, :, frames]

@@ -21,7 +21,7 @@ from decoders.backbones.staged import check_frame
 from decoders.regen.conditioning import Condition, ContentAware, InContext, fold_frames
 from decoders.regen.config import RegenConfig, SirenConfig
 from decoders.regen.dit import DiT
-from decoders.regen.sampler import Coefficients, coefficients_of, linear_estimate, sample
+from decoders.regen.sampler import Coefficients, coefficients_of, sample, skip_factors
 from decoders.regen.windows import Window, asked, latents_of, num_frames, num_pairs, whole_pair
 
 __all__ = ["RegenConfig", "RegenDecoder", "RegenStream", "SirenConfig"]
@@ -78,6 +78,7 @@ class RegenDecoder(nn.Module):
         if config.conditioning == "embedding":
             parts = (channels, config.width, config.patch_t, config.siren, config.first_frame)
             self.condition = ContentAware(*parts)
+            nn.init.constant_(self.condition.norm.gain, config.gain)
         else:
             self.condition = InContext(channels, config.width, config.patch_t, stride_t)
         self.dit = DiT(
@@ -189,7 +190,9 @@ class RegenDecoder(nn.Module):
         video = video[:, :, video.shape[2] - noisy.shape[2] :]  # without the frame that made the first group full
         if not self.config.skip:
             return video
-        return torch.addcmul(video, noisy, linear_estimate(level, self.config.prediction).view(-1, 1, 1, 1, 1))
+        factors = skip_factors(level, self.config.prediction, self.config.spread)
+        of_noisy, of_mean = (factor.view(-1, 1, 1, 1, 1) for factor in factors)
+        return of_noisy * noisy + of_mean * video
 
     # ---- whole clips
 

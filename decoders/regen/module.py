@@ -5,8 +5,7 @@ Over a frozen space of latents (equal ground with the other families) the whole 
 neighbouring latent frames is decoded.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,74 +19,14 @@ from decoders.latent_spaces.chunked import Chunked
 from decoders.latent_spaces.learned import draw
 from decoders.regen.model import RegenConfig, RegenDecoder
 from decoders.regen.moments import Moments
+from decoders.regen.objective import RegenObjective, encoded_frames_of
 from decoders.regen.targets import Task, Wanted, draw_task, draw_wanted, needed_frames
 from decoders.regen.windows import num_pairs
-from decoders.training import TrainingConfig, loss_weight
+from decoders.training import TrainingConfig
 from losses import flow
 from losses.kl import LOG_VARIANCE_RANGE, kl_to_standard_normal
 
 TIMES = "times"  # in a batch of validation: when the frames that are asked for are, in frames of what was encoded
-CONTROLS = ("shuffled motion", "shuffled content", "first frame repeated")
-
-
-@dataclass
-class RegenObjective:
-    """What is trained for, besides the weights of the terms, and how validation samples."""
-
-    interpolation: Any = 0.0  # probability of a step: a number, or {start, end, from_step, to_step}
-    extrapolation: Any = 0.0
-    levels: Literal["uniform", "logit_normal"] = "uniform"  # how noise levels are drawn
-    at_one: float = 0.1  # share of them at pure noise, where one-step decoding begins
-    variational: bool = False  # a Gaussian posterior: then loss_weights.kl counts
-    freeze_statistics: bool = True  # at the last step latents are normalised, for a latent diffusion model to come
-    steps: int = 1  # of the sampler, in validation and decode
-    extension: bool = False  # latent extension over chunk seams, in validation and decode
-    tasks: dict[str, str] = field(default_factory=dict)  # validation stream -> interpolate or extrapolate
-    ahead: int = 4  # an extrapolated stream ends so many frames after what is encoded of it
-    compare_steps: list[int] = field(
-        default_factory=list
-    )  # other numbers of steps, scored beside the decoder at the end
-    compare_seeds: int = 0  # and so many other draws of the noise
-    compare_extension: bool = False  # and latent extension, with the largest of compare_steps
-    controls: list[str] = field(default_factory=lambda: list(CONTROLS))
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.at_one <= 1.0:
-            raise ValueError(f"objective.at_one={self.at_one} must lie in [0, 1]")
-        if min([self.steps, self.ahead, *self.compare_steps]) < 1 or self.compare_seeds < 0:
-            raise ValueError(
-                "objective.steps, ahead and compare_steps must be 1 or more, compare_seeds 0 or more, got "
-                f"{self.steps}, {self.ahead}, {self.compare_steps}, {self.compare_seeds}"
-            )
-        if unknown := sorted(set(self.controls) - set(CONTROLS)):
-            raise ValueError(f"objective.controls: no {unknown[0]!r}; there are {', '.join(CONTROLS)}")
-        for stream, task in self.tasks.items():
-            if task not in ("reconstruct", "interpolate", "extrapolate"):
-                raise ValueError(f"objective.tasks.{stream}={task}: there are reconstruct, interpolate, extrapolate")
-        for step in range(0, 1000001, 10000):
-            if not 0.0 <= self._at(self.interpolation, step) + self._at(self.extrapolation, step) <= 1.0:
-                raise ValueError(f"objective.interpolation and extrapolation are more than 1 together at step {step}")
-
-    @staticmethod
-    def _at(value: Any, step: int) -> float:
-        probability = loss_weight(value, step)
-        if not 0.0 <= probability <= 1.0:
-            raise ValueError(f"objective: a probability of {probability} at step {step}; it must lie in [0, 1]")
-        return probability
-
-    def probabilities(self, step: int) -> tuple[float, float]:
-        """Of interpolation and of extrapolation at optimiser step ``step``."""
-        return self._at(self.interpolation, step), self._at(self.extrapolation, step)
-
-    @property
-    def trained_tasks(self) -> list[Task]:
-        """The tasks that training ever has."""
-
-        def ever(value: Any) -> bool:
-            return max(value["start"], value["end"]) > 0 if isinstance(value, dict) else value > 0
-
-        chosen = {"interpolate": self.interpolation, "extrapolate": self.extrapolation}
-        return ["reconstruct", *(task for task, value in chosen.items() if ever(value))]
 
 
 class Regen(VideoDecoder):
@@ -143,11 +82,23 @@ class Regen(VideoDecoder):
         chunk = getattr(space, "chunk", None)
         if split == "train":
             return num_frames if chunk is None or num_frames == 1 else min(chunk, num_frames)
-        return _encoded(objective.tasks.get(name, "reconstruct"), num_frames, objective.ahead)
+        return encoded_frames_of(objective.tasks.get(name, "reconstruct"), num_frames, objective.ahead)
 
     def on_fit_start(self) -> None:
-        k, space = self.latent_space.stride_t, self.latent_space
-        for name, stream in getattr(self.trainer.datamodule.config, "train", {}).items():
+        k, space, data = self.latent_space.stride_t, self.latent_space, self.trainer.datamodule.config
+        self._check_tasks(getattr(data, "val", {}), getattr(data, "sets", {}))
+        for name, stream in getattr(data, "train", {}).items():
+            if any(stream.extend):
+                raise ValueError(
+                    f"data.train.{name}: a step cuts its own window, which may lie in frames that do not count: leave extend "
+                    "out and raise num_frames"
+                )
+            height, width = (stream.multiple,) * 2 if stream.resize == "keep" else stream.size
+            if height % space.stride_hw or width % space.stride_hw:
+                raise ValueError(
+                    f"data.train.{name}: {height}x{width}: what is trained on is never padded, so sizes must be multiples of "
+                    f"{space.stride_hw} pixels"
+                )
             for task in self.objective.trained_tasks if stream.total_frames > 1 else ():
                 if stream.total_frames < needed_frames(task, k):
                     raise ValueError(
@@ -158,21 +109,41 @@ class Regen(VideoDecoder):
                     space.check((stream.total_frames + 1) // 2, *stream.size)
         super().on_fit_start()
 
+    def _check_tasks(self, streams: dict[str, Any], sets: dict[str, Any]) -> None:
+        """Refuse a task of a stream that there is not, or whose clips it cannot cut, padded or not."""
+        for name, task in self.objective.tasks.items():
+            if name not in streams and name not in sets:
+                raise ValueError(f"objective.tasks.{name}: no such stream in data.val; there are {', '.join(streams)}")
+            if task != "reconstruct" and name in streams:
+                try:
+                    self._encoded(task, streams[name].total_frames)
+                except ValueError as error:
+                    raise ValueError(f"data.val.{name}, objective.tasks.{name}={task}: {error}") from None
+
+    def _encoded(self, task: str, t: int) -> int:
+        """How many of ``t`` frames a validation task encodes. Raises ValueError where it cannot."""
+        encoded = encoded_frames_of(task, t, self.objective.ahead)
+        if task == "extrapolate":  # padded, the frames ahead would be those that repeat the last
+            self.latent_space.latent_frames(encoded)
+        return encoded
+
     # ---- latents
 
     @torch.no_grad()
     def encode(
         self, video: Float[Tensor, "b 3 t h w"], *, sample: bool = False, generator: torch.Generator | None = None
     ) -> Float[Tensor, "b c n y x"]:
-        """As in the base; a trained encoder works chunk by chunk, so memory does not grow with t."""
+        """As in the base; a trained encoder works chunk by chunk, so memory does not grow with t, and outside autocast, as
+        frozen ones do: in bfloat16 latents are off by hundredths of their spread."""
         if self.encoder is None:
             return super().encode(video, sample=sample, generator=generator)
         latents = []
-        for chunk in self.fitted(video).split(self.latent_space.chunk, dim=2):
-            mean, log_variance = self.encoder(chunk)
-            if sample and log_variance is not None:
-                mean = draw(mean, log_variance.float().clamp(*LOG_VARIANCE_RANGE), generator)
-            latents.append(mean.float())
+        with torch.autocast(video.device.type, enabled=False):
+            for chunk in self.fitted(video).split(self.latent_space.chunk, dim=2):
+                mean, log_variance = self.encoder(chunk)
+                if sample and log_variance is not None:
+                    mean = draw(mean, log_variance.float().clamp(*LOG_VARIANCE_RANGE), generator)
+                latents.append(mean.float())
         return self._normalise(torch.cat(latents, dim=2))
 
     def _normalise(self, latent: Float[Tensor, "b c n y x"]) -> Float[Tensor, "b c n y x"]:
@@ -299,11 +270,11 @@ class Regen(VideoDecoder):
             return super().with_latent(batch)
         source = batch.get("source", batch["video"])
         t, scored = source.shape[2], torch.ones(source.shape[2], dtype=torch.bool)
+        seen = self._encoded(self._task, t)
         if self._task == "interpolate":
             latent, times = self.encode(source[:, :, ::2]), [i / 2 for i in range(t)]
             scored[::2] = False
         else:
-            seen = _encoded(self._task, t, self.objective.ahead)
             latent, times = self.encode(source[:, :, :seen]), list(range(t))
             scored[:seen] = False
         supervised = scored.to(source.device).expand(batch_size(batch), -1)
@@ -325,13 +296,15 @@ class Regen(VideoDecoder):
         return controls.methods(self)
 
     def frame_groups(self, batch: VideoBatch) -> dict[str, Bool[Tensor, "b t"]]:
-        """The first frames of later chunks, where a decoder that works chunk by chunk may jump, and the others."""
-        t, chunk = batch["video"].shape[2], getattr(self.latent_space, "chunk", 0)
-        if not chunk or t <= chunk or TIMES in batch:
+        """The first frames of later pairs, where a decoder that works pair by pair may jump, and the others."""
+        k, t = self.latent_space.stride_t, batch["video"].shape[2]
+        if t <= k + 1 or TIMES in batch:
             return {}
-        seam = torch.arange(t) % chunk == 0
+        frame = torch.arange(t)
+        seam = frame % (k + 1) == 0 if self.model.chunked else frame % k == min(1, k - 1)
+        seam[: k + 1] = False  # the first pair
         inside = ~seam
-        seam[0] = False  # nothing comes before it
+        inside[0] = False  # nothing comes before it
         return {"seam": seam.expand(batch_size(batch), -1), "inside": inside.expand(batch_size(batch), -1)}
 
     # ---- weights
@@ -342,14 +315,7 @@ class Regen(VideoDecoder):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.moments.sums.copy_(checkpoint["moments"])
-
-
-def _encoded(task: str, num_frames: int, ahead: int) -> int:
-    """How many frames of a clip of ``num_frames`` a validation task encodes."""
-    if task == "interpolate":
-        return (num_frames + 1) // 2
-    return num_frames - ahead if task == "extrapolate" else num_frames
+        self.moments.sums = checkpoint["moments"]
 
 
 def _windows(video: Float[Tensor, "b c t h w"], frames: list[list[int]]) -> Float[Tensor, "B c f h w"]:

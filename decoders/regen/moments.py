@@ -2,26 +2,25 @@
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 
-class Moments(nn.Module):
+class Moments:
     """Moments of what the encoder gave of late: an average over steps that forgets, each step with the same weight.
 
-    Kept beside the weights, not among them: the buffers are not persistent, so weights files do not hold them.
+    A plain object: DDP would overwrite a module's buffers with rank 0's before every pass, and weights files hold none.
     """
 
     def __init__(self, channels: int, decay: float = 0.99) -> None:
-        super().__init__()
         self.decay = decay
-        self.register_buffer("sums", torch.zeros(3, channels, dtype=torch.float64), persistent=False)
+        self.sums = torch.zeros(3, channels, dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, latent: Float[Tensor, "b c n y x"]) -> None:
         """Take in the latents of one step; nothing waits for the device."""
         each = latent.detach().double().transpose(0, 1).flatten(1)
         seen = torch.stack([torch.ones_like(each[:, 0]), each.mean(1), each.square().mean(1)])
-        self.sums.mul_(self.decay).add_(seen)
+        self.sums = self.sums.to(seen.device).mul_(self.decay).add_(seen)
 
     def over_ranks(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
         """Mean and standard deviation per channel, the same on all ranks.
@@ -37,6 +36,7 @@ class Moments(nn.Module):
         bad = [str(i) for i, ok in enumerate(((count > 0) & (std > 0) & std.isfinite()).tolist()) if not ok]
         if bad:
             raise ValueError(
-                f"latent channels {', '.join(bad)} are constant or not finite: there is nothing to normalise"
+                f"latent channels {', '.join(bad)} are constant or not finite: there is nothing to normalise. The last "
+                "checkpoint is intact; objective.freeze_statistics=false (which makes another run) leaves latents as they are"
             )
         return mean.float(), std.float()

@@ -21,9 +21,6 @@ BETAS = (
 )  # its ends, linear in their roots: Stable Diffusion's, which InstaFlow, the paper's [24], starts from
 
 
-PIXEL_STD = 0.5  # of RGB in [-1, 1], about; EDM's value
-
-
 def rectified(level: Tensor) -> tuple[Tensor, Tensor]:
     """A straight line from the clean video to noise; at level 1 nothing of the video is left."""
     return 1 - level, level
@@ -53,12 +50,13 @@ def coefficients_of(prediction: str) -> Coefficients:
     return rectified if prediction == "velocity" else variance_preserving
 
 
-def linear_estimate(level: Tensor, prediction: str) -> Tensor:
-    """What a noisy video says of the prediction by itself: the best factor of it, were pixels independent of one another."""
+def skip_factors(level: Tensor, prediction: str, spread: float) -> tuple[Tensor, Tensor]:
+    """Factors of the noisy video and of the clean video's mean in the best linear estimate of what is predicted, where
+    pixels lie about that mean with standard deviation ``spread``, independent of one another."""
     a, b = coefficients_of(prediction)(level)
-    variance = PIXEL_STD**2
     clean = -1 if prediction == "velocity" else 0  # the target is noise - clean, or noise
-    return (clean * a * variance + b) / (a**2 * variance + b**2)
+    total = a**2 * spread**2 + b**2
+    return (clean * a * spread**2 + b) / total, -b * (a - clean * b) / total
 
 
 def split(x: Tensor, predicted: Tensor, a: Tensor, b: Tensor, prediction: str) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,10 @@ FrameRule = Callable[[int, int, int], object]
 """(t, h, w) of a clip, in pixels; raises ValueError for what the latent space cannot encode."""
 
 
+class NoOtherClip(ValueError):
+    """All validation clips are of one film."""
+
+
 class ClipData(LightningDataModule):
     """Training batches from a mixture of sources and sizes, and fixed validation clips, as VideoBatch.
 
@@ -184,26 +188,28 @@ class ClipData(LightningDataModule):
 
     @property
     def num_val_files(self) -> int:
-        """Different files among the validation clips. Opens files that are not in the index yet, decodes none."""
-        return len({s.request(i, None).name for s in self.streams("val").values() for i in range(len(s))})
+        """Different films among the validation clips. Opens files that are not in the index yet, decodes none."""
+        return len({s.request(i, None).path for s in self.streams("val").values() for i in range(len(s))})
 
     def another_clip(self, key: str) -> Float[Tensor, "3 t h w"]:
         """A validation clip of another file than the one of ``key``, RGB in [-1, 1]: a wrong reference, as a control.
 
-        The next file of the same stream, else of the others; the same on every rank and in every run. Raises ValueError
-        where all validation clips are of one file.
+        The next file of the same stream, else of the others; the same on every rank and in every run. Two edits of a film are
+        of one file. Raises NoOtherClip where all validation clips are of one.
         """
         if self._val_requests is None:
             streams = self.streams("val").values()
             self._val_requests = [[stream.request(i, None) for i in range(len(stream))] for stream in streams]
         own = key.rpartition("#")[0]
+        films = {request.path for requests in self._val_requests for request in requests if request.name == own}
         for requests in sorted(self._val_requests, key=lambda some: all(request.name != own for request in some)):
-            others = {request.name: request for request in reversed(requests) if request.name != own}
+            others = {request.name: request for request in reversed(requests) if request.path not in films}
             if others:
                 after = sorted(others, key=lambda name: (name < own, name))  # in turn, so that not all get the same
                 return ClipReader(self.config.verify).read(others[after[0]]).tensors["video"]
-        raise ValueError(
-            f"data.val: all clips are of one file, {own}: there is no other to take a wrong reference from"
+        raise NoOtherClip(
+            f"data.val: all clips are of one file, {own}: there is no other to take a wrong reference from; add a source, or "
+            "leave that control out (objective.controls)"
         )
 
     def batch_consumed(self) -> None:

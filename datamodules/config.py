@@ -8,7 +8,7 @@
         motion: {kind: procedural, num_videos: 64} # moving textured shapes, drawn when needed, no files
         i2v:    {path: "$DATA_ROOT/i2v", kind: latent, strides: [4, 8]}   # saved latents: datamodules/latents.py
         styles: {path: "$DATA_ROOT/styles.csv", kind: triple}             # input, style, target: datamodules/triples.py
-      edits:  {path: "$DATA_ROOT/edits.csv", kind: edit}                # film, mask of what was edited: datamodules/masks.py
+        edits:  {path: "$DATA_ROOT/edits.csv", kind: edit}              # film, mask of what was edited: datamodules/masks.py
       train:                                       # name -> stream; every batch comes from one stream, so it has one size
         video_480p: {sources: [k600], size: [480, 832], num_frames: 17, share: 0.8, batch_size: 1,
                      crop: {center: 0.6, random: 0.4}}
@@ -34,8 +34,8 @@ longer ones the first frames are used. Triples (``kind: triple``) make streams o
 Sizes are ``[height, width]`` in pixels. A batch size is per process: eight GPUs with ``batch_size: 1`` make batches of 8.
 Shares of the training streams sum to 1 (8:2 is 0.8 and 0.2), and so do the crop probabilities of a stream.
 ``order: alternate`` takes the streams in turn, batch by batch, in the order in which they are named, in place of shares.
-A file that is too small, too short or too slow for a stream is left out of that stream and counted; nothing is ever
-enlarged, slowed down or padded to fit. ``make show`` prints the counts.
+A file that is too small, too short or too slow for a stream is left out of that stream and counted; nothing is
+enlarged (but by ``resize: enlarge``), slowed down or padded to fit. ``make show`` and ``make evaluate`` print the counts.
 """
 
 import difflib
@@ -140,8 +140,9 @@ class StreamConfig:
     batch_size: int = 1
     """Clips per process and step."""
     crop: CropConfig = field(default_factory=CropConfig)
-    resize: Literal["crop", "stretch", "keep", "none"] = "crop"
+    resize: Literal["crop", "stretch", "enlarge", "keep", "none"] = "crop"
     """crop: scale until the frame just covers ``size``, then crop. stretch: resize to ``size``, aspect ratio given up.
+    enlarge: as stretch, and smaller films, which are left out otherwise, are enlarged.
     keep: shorter side to the shorter of ``size``, aspect kept, both sides cut to ``multiple`` (needs batch_size 1).
     none: crop at native resolution."""
     multiple: int = 16

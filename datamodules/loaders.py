@@ -17,6 +17,10 @@ from datamodules.streams import Stream
 log = logging.getLogger(__name__)
 
 
+class UnreadableClip(RuntimeError):
+    """A validation clip that cannot be read."""
+
+
 class _Clips(Dataset):
     """Workers' side: a request in, a sample or the reason why not out."""
 
@@ -156,7 +160,7 @@ class ValWorkers:
         turn = self._turn = self._turn + 1
         for item in _survive(self._loader, self.config):
             if "error" in item:
-                raise RuntimeError(f"data.val: a validation clip, which nothing may replace, {item['error']}")
+                raise UnreadableClip(f"data.val: a validation clip, which nothing may replace, {item['error']}")
             yield item["batch"]
             if self._turn != turn:
                 raise RuntimeError("two validation loaders are iterated at once, but they share their workers")
@@ -165,7 +169,7 @@ class ValWorkers:
 class ValLoader:
     """One stream's fixed validation clips, as far as they are this rank's.
 
-    Raises RuntimeError if one cannot be read: were another clip to take its place, the numbers would change in silence.
+    Raises UnreadableClip if one cannot be read: were another clip to take its place, the numbers would change in silence.
     """
 
     def __init__(self, workers: ValWorkers, stream: Stream, batches: list[list[ClipRequest]]):

@@ -3,8 +3,8 @@
 A source of ``kind: edit`` is a CSV list with the columns path, mask (relative paths are taken from the list's own folder):
 
     path        the source film: what was NOT edited of it is what the result must equal, so it is the target
-    mask        white where the film was edited: a film, a folder of images (one a frame, in the order of their names), or
-                one image for all frames; of the film's own size and length
+    mask        white where the film was edited: a film, a folder of images (one a frame, in the order of their names, in which
+                2 comes before 10), or one image for all frames; of the film's own size and length
     latent      optional: the edit's saved latent (latents.py), from the film's first frame on. Without it the film itself is
                 encoded, and the mask only says where its reconstruction is scored
     reference   with latent: the image that the edit was made from, usually its edited first frame
@@ -19,6 +19,7 @@ with (predata_app.py; its tracker then calls that with 50). ``mask: tight`` take
 """
 
 import os
+import re
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -38,8 +39,14 @@ BLACK = {True: 0, False: 20}  # at most, by whether the file is an image: H.264 
 
 
 def frames_of(folder: str) -> list[str]:
-    """The images of a folder in the order of their names."""
-    return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if is_image(name)]
+    """The images of a folder in the order of their names, numbers in them by value. Hidden files are none."""
+    names = (name for name in os.listdir(folder) if is_image(name) and not name.startswith("."))
+    return [os.path.join(folder, name) for name in sorted(names, key=_natural)]
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """A name for sorting: what is no number, then a number, and so on."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 def inspect_mask(path: str) -> Info:

@@ -139,7 +139,8 @@ class ClipReader:
         check_shapes(given.shape[1:3], target.shape[1:3])
         try:
             geometry = _geometry(request, target.shape[1:3])
-            cover(given.shape[1:3], geometry.resized if request.resize == "none" else geometry.size)
+            if request.resize != "enlarge":
+                cover(given.shape[1:3], geometry.resized if request.resize == "none" else geometry.size)
         except TooSmall as error:
             raise BadFile(f"its input is too small: {error}", request.input) from None
         clips = (to_video(crop_frames(resize_frames(f, geometry.resized), geometry)) for f in (target, given))

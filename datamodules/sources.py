@@ -163,6 +163,7 @@ def _listed_file(row: dict, name: str, folder: Path, kind: str) -> File:
                 "latent and reference come together: an edit's latent, and the image that it was made from"
             )
         latent, reference = full("latent"), full("reference")
+        label = "+".join(filter(None, (label, row["mask"], row.get("latent"))))  # a film may have been edited twice
         return File(full("path"), label, _listed_info(row, kind), reference, mask=full("mask"), latent=latent)
     if kind == "latent":
         return File(full("path"), label, None, full("reference"), "", row.get("prompt") or "", row.get("seed") or "")

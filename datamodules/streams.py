@@ -15,7 +15,11 @@ from datamodules.triples import ANY_LENGTH
 RATE_TOLERANCE = 1e-3  # 29.97 counts as 30
 
 
-class EmptyStream(ValueError):
+class StreamError(ValueError):
+    """Sources and settings that make no stream together."""
+
+
+class EmptyStream(StreamError):
     """No file of a stream's sources fits its size, length and frame rate."""
 
 
@@ -67,30 +71,30 @@ class Stream:
                     found[int(channels)] = index.paths[int(used[place])]
         if len(found) > 1:
             listed = ", ".join(f"{channels} ({path})" for channels, path in sorted(found.items()))
-            raise ValueError(f"{self.where}: its latents are of different spaces, with channels {listed}: split them")
+            raise StreamError(f"{self.where}: its latents are of different spaces, with channels {listed}: split them")
 
     def _check_edits(self) -> None:
         """Latents of edits stand for the film's first frames as they are; and a batch has them in every clip or in none."""
         c, given = self.config, [index.latents is not None for index in self.sources]
         if any(given) and not all(given):
-            raise ValueError(
+            raise StreamError(
                 f"{self.where}: edits with latents and edits without make no batch: give each a stream of its own"
             )
         if not any(given):
             return
         if c.fps is not None or c.still or any(c.extend) or c.crop.random or c.crop.resize or c.resize == "keep":
-            raise ValueError(
+            raise StreamError(
                 f"{self.where}: its edits have latents, so no fps, still, extend, random crop or resize: keep"
             )
         for index in self.sources:
             if index.config.span[0] > 0:
-                raise ValueError(
+                raise StreamError(
                     f"{self.where}: latents of edits stand for films from their beginning, so no span of {index.name}"
                 )
             try:
                 index.config.latent_frames(c.num_frames)
             except ValueError as error:
-                raise ValueError(f"{self.where}: with strides {list(index.config.strides)}, {error}") from None
+                raise StreamError(f"{self.where}: with strides {list(index.config.strides)}, {error}") from None
 
     @property
     def mask(self) -> str | None:

@@ -58,8 +58,9 @@ def plan_geometry(
     ``mode`` is StreamConfig.resize, ``crop`` one of center, random, resize, and ``position`` says where a random crop
     lies, each in [0, 1). Raises TooSmall instead of enlarging.
     """
-    if mode == "stretch" or (mode == "crop" and crop == "resize"):
-        cover(frame, size)
+    if mode in ("stretch", "enlarge") or (mode == "crop" and crop == "resize"):
+        if mode != "enlarge":
+            cover(frame, size)
         return Geometry(resized=size, offset=(0, 0), size=size)
     if mode == "keep":
         short = min(size)
@@ -79,7 +80,9 @@ def plan_geometry(
 
 
 def fits(height: Size, width: Size, size: tuple[int, int], mode: str) -> bool | np.ndarray:
-    """Whether frames of these heights and widths, numbers or arrays, can become ``size`` without being enlarged."""
+    """Whether frames of these heights and widths, numbers or arrays, can become ``size`` as ``mode`` resizes them."""
+    if mode == "enlarge":
+        return np.minimum(height, width) > 0
     if mode == "keep":
         return np.minimum(height, width) >= min(size)
     return (height >= size[0]) & (width >= size[1])

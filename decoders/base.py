@@ -138,6 +138,10 @@ class VideoDecoder(LightningModule):
         sequences at one place, all). Empty: the latent's positions, as ``size_multiple`` folds them."""
         return {}
 
+    def step_inputs(self, latent: Float[Tensor, "b c n y x"]) -> dict[str, Tensor]:
+        """What a training step gives the network besides ``latent``, as zeros: `make show` counts its memory."""
+        return {}
+
     @property
     def size_multiple(self) -> int:
         """Pixels that height and width must be a multiple of; more than the space's where the decoder folds latents."""

@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from decoders.base import DECODER
-from experiments.compose import ConfigError, run_cli
-from experiments.config import build_decoder, build_space, load
+from experiments.compose import ConfigError, flatten, run_cli
+from experiments.config import Experiment, build_decoder, build_space, load
 from experiments.evaluate import CLIPS, RESULT, reference_methods
 from experiments.runs import CONFIG, DONE, runs_root
 from experiments.show import count_parameters
@@ -42,7 +42,7 @@ def table(names: Sequence[str]) -> str:
             raise ConfigError(f"beside: {name} has not been trained to its end under {runs_root()}; make exp={name}")
         done = json.loads((folder / DONE).read_text())
         result = json.loads((folder / "evaluation" / RESULT).read_text())
-        millions, faster = _speed(name, yaml.safe_load((folder / CONFIG).read_text()))
+        millions, faster = _speed(name)
         by_stream: dict[str, dict[str, Any]] = {}
         for mean in result["means"]:
             by_stream.setdefault(mean["stream"], {})[mean["method"]] = mean["scores"]
@@ -66,7 +66,7 @@ def _differences(names: Sequence[str], metrics: Sequence[str]) -> list[str]:
     """A table of the first run's scores minus the others', clip by clip; none where there is nothing to compare with."""
     first, *others = names
     own = _clips(first)
-    space = build_space(load(first.partition("+")[0]))
+    space = build_space(_experiment(first))
     floors = reference_methods(space).keys()
     methods = dict.fromkeys(method for clip in own.values() for method in clip)
     rivals = {
@@ -104,19 +104,29 @@ def _parents_minutes(folder: Any) -> float:
     return json.loads((folder / DONE).read_text())["minutes"] + _parents_minutes(folder)
 
 
+def _config(name: str) -> dict[str, Any]:
+    return yaml.safe_load((runs_root() / name / CONFIG).read_text())
+
+
+def _experiment(name: str) -> Experiment:
+    """The experiment as the run was trained: its overrides are part of what it is, and its folder's name may be cut."""
+    kept = _config(name)
+    parts = {part: kept[part] for part in ("family", "decoder", "objective", "latent_space", "space", "init_from")}
+    return load(name.partition("+")[0], [f"{key}={json.dumps(value)}" for key, value in flatten(parts).items()])
+
+
 @torch.no_grad()
-def _speed(name: str, config: dict[str, Any]) -> tuple[float, str]:
+def _speed(name: str) -> tuple[float, str]:
     """Millions of parameters of the decoder, and how often it decodes in the teacher's time; "" without a teacher."""
-    experiment = load(name.partition("+")[0])
+    experiment = _experiment(name)
     space = build_space(experiment)
     decoder = build_decoder(experiment, space).eval()
     millions = count_parameters(decoder.model) / 1e6
-    stream = next(iter(config["data"]["val"].values()))
+    stream = next(iter(_config(name)["data"]["val"].values()))
     teacher = decoder.own_references().get(TEACHER)
     if teacher is None:
         return millions, ""
-    height, width = stream["size"]
-    video = torch.rand(1, 3, stream["num_frames"], height, width) * 2 - 1
+    video = torch.rand(1, 3, stream["num_frames"], *stream["size"]) * 2 - 1
     batch = decoder.with_latent({"video": video, "key": [""]})
     seconds: dict[str, list[float]] = {"student": [], TEACHER: []}
     for _ in range(ROUNDS + 1):  # the first warms up

@@ -1,7 +1,8 @@
 """Decode saved latents with a run's weights: ``python -m experiments.decode NAME in=FOLDER out=FOLDER [key=value ...]``.
 
     in         a folder, a file, a glob or a .csv list of latents; datamodules/latents.py says how they are saved
-    out        a folder: IN/a/b.safetensors becomes OUT/a/b.mp4 (H.264, yuv420p), and OUT/decode.csv lists every file
+    out        a folder: IN/a/b.safetensors becomes OUT/a/b.mp4 (H.264, yuv420p), and OUT/decode.csv lists every file, also
+               those of earlier commands
     weights    ema, last or best; default: EMA if the run kept one, else last; start: those that its training starts from
     overwrite  true: also what is in OUT already; default: it is skipped, so the same command goes on where it stopped
     crf        quality of the H.264 stream, 0 (lossless) to 51; default 15
@@ -16,7 +17,8 @@ that lies beside the latent. A file that cannot be decoded is told with the reas
 import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -236,12 +238,26 @@ def open_decoder(name: str, overrides: Sequence[str], config: DecodeConfig, what
 def run_jobs(
     jobs: Sequence[Job], config: DecodeConfig, one: Callable[[Job], Outcome], report: str, column: str = "latent"
 ) -> list[Outcome]:
-    """Do ``one`` for every job, and write ``report``, in which ``column`` is what was read. Raises ConfigError: no room."""
-    outcomes = []
-    for job in jobs:
-        outcomes.append(_attempt(job, config, one))
-        print(f"{outcomes[-1].outcome:8}{job.name}  {outcomes[-1].detail}", flush=True)
-    write_atomically(Path(config.out) / report, lambda path: _write_report(path, outcomes, column))
+    """Do ``one`` for every job, and write ``report``, in which ``column`` is what was read. Raises ConfigError: no room.
+
+    What an earlier report says of videos that are left as they are is kept.
+    """
+    place = Path(config.out) / report
+    before = _read_report(place, column)
+    outcomes: list[Outcome] = []
+    try:
+        for job in jobs:
+            found = _attempt(job, config, one)
+            print(f"{found.outcome:8}{job.name}  {found.detail}", flush=True)
+            if found.outcome == "exists" and (made := before.get(os.path.abspath(job.video))):
+                found = replace(made, latent=found.latent, video=found.video, outcome="exists")
+                print(f"        it is: {found.detail}", flush=True)
+            outcomes.append(found)
+    except BaseException:  # interrupted, no room: what was done is listed even so
+        with suppress(DiskFull, OSError):
+            _write_report(place, outcomes, before, column)
+        raise
+    _write_report(place, outcomes, before, column)
     counts = {kind: sum(o.outcome == kind for o in outcomes) for kind in ("decoded", "exists", "failed")}
     print(", ".join(f"{count} {kind}" for kind, count in counts.items()) + f"; {Path(config.out) / report}")
     return outcomes
@@ -263,12 +279,33 @@ def _attempt(job: Job, config: DecodeConfig, one: Callable[[Job], Outcome]) -> O
         return Outcome(job.path, str(job.video), "failed", where + str(error))
 
 
-def _write_report(path: Path, outcomes: list[Outcome], column: str) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        names = {"latent": column}
-        rows = csv.DictWriter(file, fieldnames=[names.get(field.name, field.name) for field in fields(Outcome)])
-        rows.writeheader()
-        rows.writerows({names.get(key, key): value for key, value in asdict(outcome).items()} for outcome in outcomes)
+def _read_report(path: Path, column: str) -> dict[str, Outcome]:
+    """What an earlier report says of videos that it made and that are still there, by their absolute paths."""
+    if not path.is_file():
+        return {}
+    found = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row.get("outcome") in ("decoded", "exists") and os.path.exists(row.get("video") or ""):
+                seed = int(row["seed"]) if row.get("seed") else None
+                about = (row["video"], row["outcome"], row.get("detail") or "", seed, row.get("reference") or "")
+                found[os.path.abspath(row["video"])] = Outcome(row.get(column) or "", *about)
+    return found
+
+
+def _write_report(path: Path, outcomes: list[Outcome], before: dict[str, Outcome], column: str) -> None:
+    """This command's outcomes, then those of other videos ``before``."""
+    now = {os.path.abspath(outcome.video): outcome for outcome in outcomes}
+    names = {"latent": column}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            rows = csv.DictWriter(file, fieldnames=[names.get(field.name, field.name) for field in fields(Outcome)])
+            rows.writeheader()
+            for outcome in (now | {path: made for path, made in before.items() if path not in now}).values():
+                rows.writerow({names.get(key, key): value for key, value in asdict(outcome).items()})
+
+    write_atomically(path, write)
 
 
 def main(arguments: list[str]) -> int:

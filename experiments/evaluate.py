@@ -28,10 +28,12 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 from datamodules.batch import VideoBatch
+from datamodules.clips import NoOtherClip
 from datamodules.config import SourceConfig
+from datamodules.loaders import UnreadableClip
 from datamodules.quarantine import TooManyBadFiles
 from datamodules.sources import SourceError, find_files
-from datamodules.streams import EmptyStream
+from datamodules.streams import StreamError
 from decoders.base import DECODER, PER_FRAME, Method, Row, VideoDecoder
 from decoders.latent_spaces.base import LatentSpace, pad_to_valid
 from decoders.latent_spaces.dct import dc_decode
@@ -56,6 +58,7 @@ MEASURED_ON = (
     "objective.tasks",
     "objective.ahead=",
 )  # what a run is measured on, not what it learnt
+LEARNT = ("data.train", "data.order")  # of these: nothing but training reads them
 
 
 def reference_methods(space: LatentSpace) -> dict[str, Method]:
@@ -114,11 +117,17 @@ def summarise(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) ->
     return {
         "means": means,
         "compression": decoder.latent_space.compression,
+        "files": {name: _files(data.streams("val")[name].describe()) for name in data.val_names},
         "protocols": protocols(rows, trainer, decoder, data),
         "device": torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "cpu",
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _files(about: dict[str, Any]) -> dict[str, Any]:
+    """How many files of a stream were used, and why the others were not."""
+    return {"used": about["files_used"], "found": about["files_found"], "left_out": about["dropped"]}
 
 
 def score_columns(row: Row, decoder: VideoDecoder) -> dict[str, tuple[str, str | None]]:
@@ -186,7 +195,7 @@ def _write(folder: Path, rows: list[Row], result: dict[str, Any]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Means over clips and their standard deviation, as Markdown."""
+    """Means over clips and their standard deviation, as Markdown; below it what files were left out."""
     names = list(dict.fromkeys(name for mean in result["means"] for name in mean["scores"]))
     lines = [["clips", "method", *names]]
     for mean in result["means"]:
@@ -195,7 +204,13 @@ def table(result: dict[str, Any]) -> str:
         scores, spread = mean["scores"], mean["spread"]
         cells = (f"{scores[n]:.3f} ± {spread[n]:.3f}" if n in scores else "" for n in names)
         lines.append([label, mean["method"], *cells])
-    return f"{markdown(lines)}\ncompression: {result['compression']:.4g} numbers of video for one of the latent\n"
+    left_out = ""
+    for stream, files in result["files"].items():
+        if files["left_out"]:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in files["left_out"].items())
+            left_out += f"{stream}: {files['used']} of {files['found']} files; left out: {reasons}\n"
+    compression = f"compression: {result['compression']:.4g} numbers of video for one of the latent\n"
+    return f"{markdown(lines)}\n{left_out}{compression}"
 
 
 class SpacesAgree(Callback):
@@ -245,15 +260,16 @@ def evaluate(
     measured = [weights] if weights else []
     measured += [f"sets={','.join(experiment.data.val)}"] if sets is not None else []
     measured += _other_metrics(name, experiment, home)
-    if trained != list(overrides):  # last: it may be cut
-        measured.append(run_name("", [text for text in overrides if text not in trained]))
+    defined = ("data.sets",) if sets is not None else ()
+    others = [text for text in overrides if text not in trained or text.startswith(defined)]
+    measured += [more] if (more := run_name("", others, counts=defined)) else []  # last: it may be cut
     folder = home / _short("-".join(["evaluation", *measured]))
     data = build_data(experiment, home)
     trainer = build_trainer(experiment, home, [SpacesAgree()], find_unused=False)
     trainer.logger = None
     try:
         result = run(trainer, decoder, data, folder, experiment.validation.references, about)
-    except (SourceError, EmptyStream, TooManyBadFiles) as error:
+    except (SourceError, StreamError, TooManyBadFiles, UnreadableClip, NoOtherClip) as error:
         raise ConfigError(str(error)) from None
     if trainer.is_global_zero:
         shown = f"distance from the reference: {folder / DISTANCE}\n" if result["distance"] else ""
@@ -264,13 +280,24 @@ def evaluate(
 
 
 def which_run(name: str, overrides: Sequence[str]) -> list[str]:
-    """Those of the overrides that the run was trained with: of the runs that are there the one that names most of them."""
-    on = [i for i, text in enumerate(overrides) if text.startswith(MEASURED_ON)]
+    """Those of the overrides that the run was trained with: of the runs that are there the one that names most of them.
+
+    Raises ConfigError where two runs name as many.
+    """
+    on = [i for i, text in enumerate(overrides) if text.startswith(MEASURED_ON) and not text.startswith(LEARNT)]
     for number in range(len(on)):
+        found: dict[Path, list[str]] = {}
         for left_out in itertools.combinations(on, number):
             kept = [text for i, text in enumerate(overrides) if i not in left_out]
-            if run_dir(name, kept).is_dir():
-                return kept
+            if (folder := run_dir(name, kept)).is_dir():
+                found.setdefault(folder, kept)
+        if len(found) > 1:
+            raise ConfigError(
+                f"{', '.join(folder.name for folder in found)} were trained with some of these overrides each: leave those out "
+                "that the run that you mean was not trained with, or move the other runs away"
+            )
+        if found:
+            return next(iter(found.values()))
     return [text for i, text in enumerate(overrides) if i not in on]
 
 

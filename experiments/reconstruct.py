@@ -1,7 +1,8 @@
 """Videos encoded and decoded with a run's weights: ``python -m experiments.reconstruct NAME in=VIDEOS out=FOLDER [key=value ...]``.
 
     in         a folder, a file, a glob or a .csv list of videos
-    out        a folder: IN/a/b.mkv becomes OUT/a/b.mp4 (H.264, yuv420p), and OUT/reconstruct.csv lists every file
+    out        a folder: IN/a/b.mkv becomes OUT/a/b.mp4 (H.264, yuv420p), and OUT/reconstruct.csv lists every file, also those of
+               earlier commands
     chunk      frames that are encoded and decoded at a time, each chunk by itself; default 17, or the nearest that the latent
                space encodes
     reference  of a decoder that looks at one: a number of a frame of the video, several (0,16), an image's path (the same
@@ -161,6 +162,10 @@ def _reference(path: str, num_frames: int, size: tuple[int, int], config: Recons
             found[number] = frame
         if number >= max(numbers):
             break
+    if lost := [number for number in numbers if number not in found]:
+        raise Unfit(
+            f"says it has {num_frames} frames, but frame {lost[0]}, which is to be the reference, cannot be decoded"
+        )
     video = to_video(np.stack([found[number] for number in numbers]))[None]
     return video, f"reference frame {', '.join(map(str, numbers))}"
 

@@ -70,10 +70,15 @@ def runs_root() -> Path:
     return Path(os.environ.get("RUNS_ROOT") or Path(__file__).parent.parent / "runs")
 
 
-def run_name(name: str, overrides: Sequence[str] = ()) -> str:
-    """The folder name of ``name`` under ``overrides``: the same whatever their order, safe for any file system."""
+def run_name(name: str, overrides: Sequence[str] = (), *, counts: tuple[str, ...] = ()) -> str:
+    """The folder name of ``name`` under ``overrides``: the same whatever their order, safe for any file system.
+
+    ``counts``: beginnings of keys that are part of it although they are neutral to a run.
+    """
     changes = {
-        key: value for key, value in parse_overrides(overrides).items() if not is_neutral(key) or _is_choice(key)
+        key: value
+        for key, value in parse_overrides(overrides).items()
+        if not is_neutral(key) or _is_choice(key) or key.startswith(counts)
     }
     if not changes:
         return name

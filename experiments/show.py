@@ -7,6 +7,7 @@ tensors, which have shapes and no memory.
 import dataclasses
 import math
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def memory(experiment: Experiment, decoder: Any) -> str:
     if not shapes:
         return "memory per GPU: data.train has no streams, so there is nothing to train on"
     precision = experiment.trainer.precision
-    saved, largest, peak = fake_steps(decoder.model, shapes, autocast=precision != "32-true")
+    saved, largest, peak = fake_steps(decoder.model, shapes, precision != "32-true", decoder.step_inputs)
     rows: list[list[Any]] = [["stream", "states GiB", "activations GiB", "together GiB"]]
     rows += [[where, states, size / GIB, states + size / GIB] for where, size in saved.items()]
     network = 4 * count_parameters(decoder.model) / GIB  # its gradients are part of the peak
@@ -203,9 +204,13 @@ def memory(experiment: Experiment, decoder: Any) -> str:
 
 
 def fake_steps(
-    network: nn.Module, shapes: dict[str, tuple[int, ...]], autocast: bool
+    network: nn.Module,
+    shapes: dict[str, tuple[int, ...]],
+    autocast: bool,
+    inputs: Callable[[torch.Tensor], dict[str, torch.Tensor]] = lambda latent: {},
 ) -> tuple[dict[str, int], str, int]:
-    """Run ``network`` over a latent of each shape (b c n y x) without memory, and count what it would have held.
+    """Run ``network`` over a latent of each shape (b c n y x), and what else ``inputs`` says it takes, without memory, and
+    count what it would have held.
 
     Returns the bytes that each forward pass keeps for its backward pass; the name of the largest; and the largest
     number of bytes alive during a forward and backward pass of that one, gradients among them, parameters not.
@@ -226,12 +231,14 @@ def fake_steps(
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                output = network(torch.zeros(shape))
+                latent = torch.zeros(shape)
+                output = network(latent, **inputs(latent))
             saved[where] = sum(kept.values())
             del output
         largest = max(saved, key=saved.get)
         with LiveBytes(own) as live:
-            network(torch.zeros(shapes[largest])).float().sum().backward()
+            latent = torch.zeros(shapes[largest])
+            network(latent, **inputs(latent)).float().sum().backward()
     return saved, largest, live.peak
 
 

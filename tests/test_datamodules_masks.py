@@ -11,7 +11,7 @@ from PIL import Image
 from video_files import index_of, make_film, take
 
 from datamodules import masks
-from datamodules.clips import ClipData
+from datamodules.clips import ClipData, NoOtherClip
 from datamodules.config import ClipDataConfig, CropConfig, SourceConfig, StreamConfig
 from datamodules.index import build_index
 from datamodules.latents import save_latent
@@ -118,6 +118,39 @@ def test_the_mask_is_of_the_clips_own_frames_and_crop(film, tmp_path, kind):
     assert len(seen) > 5
 
 
+def test_a_folders_images_are_taken_in_the_order_of_their_numbers(film, tmp_path):
+    """8.png comes before 10.png; what the Finder leaves beside them is no frame."""
+    folder = mask_folder(tmp_path / "mask")
+    for t in reversed(range(LENGTH)):
+        (folder / f"{t:03d}.png").rename(folder / f"m{t}.png")
+    (folder / "._m0.png").write_bytes(b"no image")
+    (loader,) = ClipData(
+        config(listed(tmp_path, ("film.mp4", "mask")), val=True, num_frames=13, window="first")
+    ).val_dataloader()
+    (batch,) = loader
+    assert np.array_equal(batch["mask"][0, 0].numpy(), np.stack([~marked(t) for t in range(13)]))
+
+
+def test_two_edits_of_a_film_are_two_clips_of_one_file(film, tmp_path):
+    """Scores are told apart by their keys; and neither is the other's wrong reference."""
+    mask_folder(tmp_path / "mask")
+    Image.fromarray(marked(3).astype(np.uint8) * 255).save(tmp_path / "still.png")
+    data = ClipData(config(listed(tmp_path, ("film.mp4", "mask"), ("film.mp4", "still.png")), val=True))
+    keys = [key for batch in data.val_dataloader()[0] for key in batch["key"]]
+    assert len(set(keys)) == 2 and data.num_val_files == 1
+    for key in keys:
+        with pytest.raises(NoOtherClip, match="all clips are of one file.*leave that control out"):
+            data.another_clip(key)
+    make_film(tmp_path / "other.mp4", LENGTH, film=1)
+    rows = ("film.mp4", "mask"), ("film.mp4", "still.png"), ("other.mp4", "mask")
+    data = ClipData(config(listed(tmp_path, *rows), val=True))
+    clips = {batch["key"][0]: batch["video"][0] for batch in data.val_dataloader()[0]}
+    first, second, other = clips
+    assert data.num_val_files == 2
+    assert all(torch.equal(data.another_clip(key), clips[other]) for key in (first, second))
+    assert torch.equal(data.another_clip(other), clips[first])
+
+
 def test_stills_and_other_rates(film, tmp_path):
     path = listed(tmp_path, ("film.mp4", mask_folder(tmp_path / "mask").name))
     (batch,) = take(ClipData(config(path, fps=12.5), seed=1), 1)
@@ -171,7 +204,9 @@ def test_an_edits_latent_and_image_come_with_the_source_film(film, tmp_path):
     assert batch["latent"].shape == (1, 12, 2, 6, 8) and batch["reference"].shape == (1, 3, 1, *SIZE)
     assert torch.allclose(batch["reference"], torch.tensor(200 / 127.5 - 1))
     truth = np.stack(draw_frames(0, 0, [0], SIZE))
-    assert batch["key"][0].startswith("edits/film.mp4#0@"), "the latent stands for the film's first frames"
+    assert batch["key"][0].startswith("edits/film.mp4+mask+edit.safetensors#0@"), (
+        "the latent stands for the film's first frames"
+    )
     assert np.abs((batch["video"][0, :, :1].permute(1, 2, 3, 0).numpy() + 1) * 127.5 - truth).mean() < 12
     assert data.latent_spaces == {"data.sources.edits": {"dct": 1}}
 
@@ -214,7 +249,7 @@ def test_masks_of_another_length_or_size_are_quarantined(tmp_path):
     made.max_bad_share = 0.5
     data = ClipData(made, run_dir=tmp_path / "run")
     assert {batch["key"][0].split("#")[0] for batch in take(data, 30)} == {
-        f"edits/{i}.mp4" for i in range(12) if i not in (2, 3, 4, 5)
+        f"edits/{i}.mp4+mask" for i in range(12) if i not in (2, 3, 4, 5)
     }
     lines = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
     reasons = {Path(entry["path"]).name: entry["reason"] for entry in lines}

@@ -52,6 +52,8 @@ def test_resize_modes():
     assert (keep.resized, keep.size, keep.offset) == ((480, 853), (480, 848), (0, 2))
     native = plan_geometry((720, 1280), (512, 512), "none")
     assert (native.resized, native.offset, native.size) == ((720, 1280), (104, 384), (512, 512))
+    assert plan_geometry((336, 596), (480, 832), "enlarge").resized == (480, 832)
+    assert fits(336, 596, (480, 832), "enlarge") and not fits(336, 596, (480, 832), "stretch")
     for mode in ("stretch", "none", "keep"):
         with pytest.raises(TooSmall):
             plan_geometry((300, 400), (512, 512), mode)

@@ -115,6 +115,44 @@ def test_chunks_share_the_reference(film, tmp_path, typed, reference, chunk, mon
     assert command(tmp_path / "films", out, *typed) == 0 and report(out)["a"]["outcome"] == "exists"
 
 
+def test_a_report_keeps_what_earlier_commands_made(film, tmp_path, monkeypatch):
+    """Seeds, references and scores of videos that are left as they are; also if the command is stopped half way."""
+    films, out = film.parent, tmp_path / "out"
+    make_film(films / "b.mp4", 5, (32, 48))
+    assert command(films / "b.mp4", out, "reference=none") == 0
+    made = report(out)["b"]
+    real = reconstruct.reconstruct_file
+
+    make_film(films / "c.mp4", 5, (32, 48))
+
+    def stopped(decoder, job, *rest):
+        if job.name == "c.mp4":
+            raise KeyboardInterrupt
+        return real(decoder, job, *rest)
+
+    monkeypatch.setattr(reconstruct, "reconstruct_file", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        command(films, out)
+    assert report(out).keys() == {"a", "b"} and report(out)["a"]["outcome"] == "decoded"
+    monkeypatch.setattr(reconstruct, "reconstruct_file", real)
+    assert command(films, out) == 0
+    assert report(out)["b"] == made | {"outcome": "exists"} and "no reference, PSNR" in made["detail"] and made["seed"]
+    assert report(out)["c"]["outcome"] == "decoded"
+    (out / "b.mp4").unlink()
+    assert command(film, out) == 0
+    assert report(out).keys() == {"a", "c"}, "what is gone is not listed"
+
+
+def test_a_reference_that_cannot_be_decoded_is_told(film, tmp_path, monkeypatch):
+    """A container may announce more frames than it holds."""
+    real = reconstruct.read_film
+    monkeypatch.setattr(reconstruct, "read_film", lambda path: (frame for i, frame in enumerate(real(path)) if i < 20))
+    assert command(film, tmp_path / "out", "reference=0,21") == 1
+    assert (
+        "says it has 22 frames, but frame 21, which is to be the reference" in report(tmp_path / "out")["a"]["detail"]
+    )
+
+
 def test_an_image_is_the_reference_of_all(film, tmp_path, monkeypatch):
     Image.fromarray(np.full((64, 96, 3), 30, np.uint8)).save(tmp_path / "look.png")
     seen = []

@@ -193,6 +193,45 @@ def test_the_papers_sets_are_there_in_its_protocol(name):
     assert experiment.objective.evaluate == "first"
 
 
+def test_a_set_of_other_clips_has_a_folder_of_its_own(run):
+    """Else the second would take the first one's place."""
+    made = "data.sets={one: {sources: [unseen], size: [32, 48], num_frames: 5}}"
+    measured(made, sets=["one"])
+    (first,) = run.glob("evaluation-sets=one*")
+    before = (first / "result.json").read_bytes()
+    measured(made, "data.sets.one.num_frames=9", sets=["one"])
+    assert len(list(run.glob("evaluation-sets=one*"))) == 2
+    assert (first / "result.json").read_bytes() == before
+
+
+def test_small_films_are_enlarged_or_told(run, tmp_path, capsys):
+    """WebVid's films are smaller than the paper's size: no set may lose them without a word."""
+    for i, size in enumerate([(32, 48), (16, 24), (48, 64)]):
+        make_film(tmp_path / f"{i}.mp4", 5, size, film=i)
+    source = f"data.sources.films={{path: {tmp_path}}}"
+    for resize, number in (("stretch", 2), ("enlarge", 3)):
+        stream = f"data.sets={{s: {{sources: [films], size: [32, 48], num_frames: 5, resize: {resize}}}}}"
+        result = measured(source, stream, sets=["s"])
+        left_out = {} if number == 3 else {"too small": 1}
+        assert result["files"] == {"s": {"used": number, "found": 3, "left_out": left_out}}
+        assert ("s: 2 of 3 files; left out: 1 too small" in capsys.readouterr().out) == (number == 2)
+        assert result["means"][0]["clips"] == number
+        assert resize in result["protocols"]["s/psnr"]["resize"]
+
+
+# ---- which run
+
+
+def test_what_only_training_reads_is_never_left_out(run):
+    """Overrides of the training clips name another run; measuring this one in its place would be another model's number."""
+    with pytest.raises(ConfigError, match=r"data.train.video.batch_size=9\+.* has not been trained"):
+        measured("data.train.video.batch_size=9")
+    with pytest.raises(ConfigError, match=r"data.train.image.batch_size=5\+.* has not been trained"):
+        measured("data.train.image.batch_size=5", "data.val.unseen.num_frames=5")
+    kept = [*QUICK, *LESS, "data.order=shares"]
+    assert evaluate.which_run(NAME, [*kept, "data.val.more=null"]) == kept[:-2] + kept[-1:]
+
+
 # ---- weights that no run trained
 
 
@@ -334,6 +373,21 @@ def test_edits_are_scored_outside_the_edit(run, tmp_path):
     assert abs(own["scores"]["psnr"] - np.mean(whole)) > 1e-3
     assert result["protocols"]["edits/psnr"]["definition"]["pixels"].startswith("outside the edit, tight masks")
     assert result["distance"] == [], "the reference is no frame of the source film"
+
+
+def test_a_mask_that_nothing_can_be_scored_by_is_one_line(run, tmp_path):
+    made = edits(tmp_path, "dct")
+    Image.fromarray(np.full((32, 48), 255, np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(ConfigError, match="mask.png: marks all of the clip's frame 0 as edited"):
+        measured(*made, sets=["edits"])
+    with pytest.raises(ConfigError, match="its edits have latents, so no fps"):
+        measured(*made, "data.sets.edits.fps=5", sets=["edits"])
+    lines = (tmp_path / "edits.csv").read_text().splitlines()
+    (tmp_path / "edits.csv").write_text("\n".join(lines[:2]) + "\n")
+    Image.fromarray(np.zeros((32, 48), np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(ConfigError, match=r"all clips are of one file.*leave that control out \(objective.controls\)"):
+        measured(*made, sets=["edits"])
+    assert measured(*made, "objective.controls=[plain]", sets=["edits"])["means"]
 
 
 def test_edits_latents_of_another_space_are_refused(run, tmp_path):

@@ -84,6 +84,9 @@ def test_released_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         released.from_released(tmp_path / "nothing.pt")
     with pytest.raises(ValueError, match="layout=videovaeplus with inject=attention has no released names"):
         released.to_released(small("videovaeplus"))
+    for ours in ({"points": ["up1", "up2"]}, {"point_norms": "channel"}):
+        with pytest.raises(ValueError, match="are ours: what they add has no released names"):
+            released.to_released(small(**ours))
 
 
 @pytest.mark.parametrize("kind", [0, 1])

@@ -84,6 +84,24 @@ def test_memory_is_counted():
     assert saved["large"] + gradients / 2 < peak < 3 * (saved["large"] + gradients)
 
 
+def test_references_are_counted():
+    """What a step looks at is held too: two references cost more than one, and one more than none."""
+    sizes = []
+    for choice in ("decoder={inject: none, zero_init: null}", "objective.reference=first", "objective.reference=ends"):
+        experiment = load("refdecoder_debug", [choice])
+        with torch.device("meta"):
+            decoder = build_decoder(*_with_space(experiment))
+        saved, _, _ = show.fake_steps(decoder.model, {"s": (1, 12, 3, 4, 6)}, False, decoder.step_inputs)
+        sizes.append(saved["s"])
+    assert sizes == sorted(set(sizes))
+
+
+def test_attention_that_begins_local_is_shown(capsys):
+    """Its start is computed, and here nothing has values to compute with."""
+    assert show.main(["refdecoder_demo"]) == 0
+    assert "memory per GPU, estimated" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_show_does_not_allocate_the_model():

@@ -30,7 +30,7 @@ def begin_local(blocks: nn.Module, split: tuple[int, int, int]) -> None:
             whole = (head / size * WEIGHT).repeat(block.q.out_features // block.head_dim)
             for layer, norm in ((block.q, block.q_norm), (block.k, block.k_norm)):
                 layer.bias.copy_(whole)
-                norm.gain.fill_(size.item())
+                norm.gain.copy_(size)  # a number of its own would need values, which `make show` has none of
 
 
 def wanted(head_dim: int, split: tuple[int, int, int]) -> Tensor:

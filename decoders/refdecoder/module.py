@@ -153,9 +153,19 @@ class RefDecoder(VideoDecoder):
 
     def tokens(self, n: int, y: int, x: int) -> dict[str, int]:
         """As in the base, at every point, the references of a training step included."""
+        return self.model.tokens(n, y, x, self._references_of_a_step)
+
+    def step_inputs(self, latent: Float[Tensor, "b c n y x"]) -> dict[str, Tensor]:
+        """As in the base: the references."""
+        if not self.model.uses_reference:
+            return {}
+        h, w = (side * self.latent_space.stride_hw for side in latent.shape[3:])
+        return {"reference": latent.new_zeros(len(latent), 3, self._references_of_a_step, h, w)}
+
+    @property
+    def _references_of_a_step(self) -> int:
         choice, number = self.objective.reference, self.objective.num_references
-        references = number if choice == "random" else 2 if choice == "ends" else 1
-        return self.model.tokens(n, y, x, references)
+        return number if choice == "random" else 2 if choice == "ends" else 1
 
     # ---- references
 

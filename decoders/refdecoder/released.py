@@ -153,3 +153,7 @@ def _check(model: RefDecoderModel) -> None:
             f"decoder.layout={model.config.layout} with inject={model.config.inject} has no released names: they are of a "
             "Wan decoder with attention"
         )
+    if model.config.points is not None or model.config.point_norms != "layout":
+        raise ValueError(
+            "decoder.points and point_norms are ours: what they add has no released names; leave both as they are"
+        )

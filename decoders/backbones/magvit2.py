@@ -25,7 +25,7 @@ from decoders.backbones.magvit2_layers import (
     Upsample,
     initialise,
 )
-from decoders.backbones.staged import StagedDecoder
+from decoders.backbones.staged import StagedDecoder, StagedEncoder
 from decoders.layers.causal_conv import Chain, Past
 
 # Multipliers and strides for k frames per latent frame. The multipliers are the paper's (B.3). The strides are ours: space
@@ -121,7 +121,7 @@ def num_parameters(config: Magvit2Config) -> int:
         return sum(parameter.numel() for parameter in Magvit2Decoder(config).parameters())
 
 
-class Magvit2Encoder(nn.Module):
+class Magvit2Encoder(StagedEncoder):
     """RGB in [-1, 1] "b 3 t h w", t = 1 + a multiple of k, to latents "b c n y x", n = 1 + (t - 1) / k, not normalised.
 
     The first latent frame depends on the first frame only. Stages: conv_in, down0 ..., out.
@@ -131,8 +131,6 @@ class Magvit2Encoder(nn.Module):
     """
 
     def __init__(self, config: Magvit2Config, variational: bool = False) -> None:
-        super().__init__()
-        self.config, self.variational = config, variational
         norm, replicate = NORMS[config.norm], config.pad_t == "replicate"
         widths = config.widths()
         stages: dict[str, nn.Module] = {"conv_in": Chain(CausalConv3d(3, widths[0], replicate=replicate))}
@@ -143,7 +141,8 @@ class Magvit2Encoder(nn.Module):
             stages[f"down{number}"] = Chain(*blocks, CausalConv3d(width, width, step, replicate))
         out = config.latent_channels * (2 if variational else 1)
         stages["out"] = Chain(Head(widths[-1], out, norm, replicate, pointwise=True))
-        self.stages = nn.ModuleDict(stages)
+        super().__init__(stages)
+        self.config, self.variational = config, variational
         initialise(self)
         self.set_checkpointing(config.checkpointing)
 
@@ -162,12 +161,7 @@ class Magvit2Encoder(nn.Module):
 
     def _moments(self, video: Tensor, frames: int) -> tuple[Tensor, Tensor | None]:
         self._check(*video.shape[2:])
-        latent, past = self._run(video[:, :, :1], {}, True)
-        parts = [latent]
-        for start in range(1, video.shape[2], frames):
-            latent, past = self._run(video[:, :, start : start + frames], past, False)
-            parts.append(latent)
-        mean = torch.cat(parts, 2)
+        mean = self.run_in_chunks(video, frames)
         return tuple(mean.chunk(2, dim=1)) if self.variational else (mean, None)
 
     def _check(self, t: int, h: int, w: int) -> None:
@@ -183,19 +177,6 @@ class Magvit2Encoder(nn.Module):
                 f"{h}x{w} pixels: this encoder takes multiples of {s}; the nearest are {below[0]}x{below[1]} and "
                 f"{above[0]}x{above[1]}"
             )
-
-    def _run(self, x: Tensor, past: dict[str, Past], first: bool) -> tuple[Tensor, dict[str, Past]]:
-        x = x.to(next(self.parameters()).dtype).contiguous(memory_format=torch.channels_last_3d)
-        new = {}
-        for name, stage in self.stages.items():
-            x, new[name] = stage(x, past.get(name), first)
-        return x, new
-
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute every block in the backward pass, or none."""
-        for module in self.modules():
-            if isinstance(module, Chain):
-                module.checkpointing = enabled
 
 
 class Magvit2Decoder(StagedDecoder):

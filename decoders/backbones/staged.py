@@ -1,4 +1,4 @@
-"""What all convolutional decoders share: named stages, whole clips and streams from one code path, features on request.
+"""What all convolutional backbones share: named stages, whole clips and streams from one code path, features on request.
 
 A decoder is a chain of stages, from normalised latents "b c n y x" to RGB "b 3 t h w" in [-1, 1]; each is called as
 ``stage(x, past, first) -> (y, new)`` (see ``decoders/layers/causal_conv.py``). A whole clip is one call, a stream is
@@ -147,6 +147,37 @@ class StagedDecoder(nn.Module):
         """Close the stream. Nothing is ever pending: every step returns all of its frames."""
         state.ended, state.past = True, None
         return self.latent_mean.new_zeros(state.batch_size, 3, 0, state.height, state.width)
+
+
+class StagedEncoder(nn.Module):
+    """Base of the causal encoders: RGB in [-1, 1] "b 3 t h w" through named stages, functional in what they remember."""
+
+    def __init__(self, stages: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict(stages)
+
+    def run(self, x: Tensor, past: dict[str, Past], first: bool) -> tuple[Tensor, dict[str, Past]]:
+        """The output of the last stage for the next frames, and what the stages remember of them."""
+        x = x.to(next(self.parameters()).dtype).contiguous(memory_format=torch.channels_last_3d)  # a third less time
+        new = {}
+        for name, stage in self.stages.items():
+            x, new[name] = stage(x, past.get(name), first)
+        return x, new
+
+    def run_in_chunks(self, video: Float[Tensor, "b 3 t h w"], frames: int) -> Tensor:
+        """The first frame by itself, then ``frames`` at a time: the same as at once."""
+        part, past = self.run(video[:, :, :1], {}, True)
+        parts = [part]
+        for start in range(1, video.shape[2], frames):
+            part, past = self.run(video[:, :, start : start + frames], past, False)
+            parts.append(part)
+        return torch.cat(parts, 2)
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute every block in the backward pass, or none."""
+        for module in self.modules():
+            if isinstance(module, Chain):
+                module.checkpointing = enabled
 
 
 @runtime_checkable

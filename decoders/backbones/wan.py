@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from decoders.backbones.staged import StagedDecoder
+from decoders.backbones.staged import StagedDecoder, StagedEncoder
 from decoders.backbones.wan_layers import (
     Downsample,
     FrameAttention,
@@ -124,15 +124,13 @@ class WanDecoder(StagedDecoder):
         return wan_weights.fill(cls(config), state, Path(path))
 
 
-class WanEncoder(nn.Module):
+class WanEncoder(StagedEncoder):
     """RGB in [-1, 1] "b 3 t h w", t = 1 + 4k, to the posterior's mean and log-variance, each "b c n y x", not normalised.
 
     Stages: conv_in, down0 ... down3, mid, out.
     """
 
     def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.config = config
         base = config.encoder_dim or config.dim
         widths = [base * mult for mult in (1, *config.dim_mult)]
         stages: dict[str, nn.Module] = {"conv_in": Chain(CausalConv3d(3 * config.patch**2, widths[0], 3))}
@@ -152,39 +150,24 @@ class WanEncoder(nn.Module):
         stages["out"] = Chain(
             NormConv(last, 2 * config.channels), CausalConv3d(2 * config.channels, 2 * config.channels, 1)
         )
-        self.stages = nn.ModuleDict(stages)
+        super().__init__(stages)
+        self.config = config
 
     def forward(self, video: Float[Tensor, "b 3 t h w"]) -> tuple[Tensor, Tensor]:
         """The whole clip at once."""
-        moments, _ = self._run(video, {}, True)
+        moments, _ = self.run(video, {}, True)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance
 
     @torch.no_grad()
     def encode_in_chunks(self, video: Float[Tensor, "b 3 t h w"]) -> tuple[Tensor, Tensor]:
         """The same, four frames at a time: memory does not grow with the clip."""
-        moments, past = self._run(video[:, :, :1], {}, True)
-        parts = [moments]
-        for start in range(1, video.shape[2], self.config.stride_t):
-            moments, past = self._run(video[:, :, start : start + self.config.stride_t], past, False)
-            parts.append(moments)
-        mean, log_variance = torch.cat(parts, 2).chunk(2, dim=1)
+        mean, log_variance = self.run_in_chunks(video, self.config.stride_t).chunk(2, dim=1)
         return mean, log_variance
 
-    def _run(self, x: Tensor, past: dict[str, Past], first: bool) -> tuple[Tensor, dict[str, Past]]:
+    def run(self, x: Tensor, past: dict[str, Past], first: bool) -> tuple[Tensor, dict[str, Past]]:
         p = self.config.patch
-        x = rearrange(x, "b c t (h p) (w q) -> b (c q p) t h w", p=p, q=p)
-        x = x.to(next(self.parameters()).dtype).contiguous(memory_format=torch.channels_last_3d)  # a third less time
-        new = {}
-        for name, stage in self.stages.items():
-            x, new[name] = stage(x, past.get(name), first)
-        return x, new
-
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute every block in the backward pass, or none."""
-        for module in self.modules():
-            if isinstance(module, Chain):
-                module.checkpointing = enabled
+        return super().run(rearrange(x, "b c t (h p) (w q) -> b (c q p) t h w", p=p, q=p), past, first)
 
 
 def layout(name: str, **changes: object) -> WanConfig:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from decoders.base import DECODER, PER_FRAME, Row
+from experiments.measured import markdown
 from metrics.intervals import Interval, bootstrap
 
 METRIC = "psnr"
@@ -94,13 +95,3 @@ def _table(entries: Sequence[dict[str, Any]], column: str, sign: str) -> str:
 def _cell(entry: dict[str, Any], sign: str) -> str:
     shown = f"{entry['mean']:{sign}.2f}"
     return shown if entry["low"] is None else f"{shown} ({entry['low']:{sign}.2f} to {entry['high']:{sign}.2f})"
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown, its columns as wide as they need; the first line is the head."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text) + "\n"

@@ -42,7 +42,7 @@ from experiments import weights as weights_of
 from experiments.checkpoints import write_atomically
 from experiments.compose import ConfigError, run_cli
 from experiments.config import Experiment, as_dict, load, require_paths
-from experiments.distance import markdown
+from experiments.measured import markdown
 from experiments.runs import CONFIG, LONGEST_NAME, run_dir, run_name
 from metrics.protocol import Protocol, clip_list_hash
 

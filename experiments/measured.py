@@ -1,7 +1,8 @@
-"""What ``bench`` and ``profile`` say alike of a measurement: the file it goes to, and where it was made."""
+"""What the measuring commands say alike: the file a measurement goes to, where it was made, and a table of it."""
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,13 @@ def heading(result: dict[str, Any]) -> tuple[str, str]:
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
     threads = f", {result['threads']} threads" if result["threads"] else ""
     return f"{result['device']}{threads}; {versions}; {result['date']}", compute
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown, its columns as wide as they need; the first line is the head."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(text) + "\n"

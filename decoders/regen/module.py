@@ -17,6 +17,7 @@ from decoders.base import Method, VideoDecoder
 from decoders.latent_spaces.base import LatentSpace
 from decoders.latent_spaces.chunked import Chunked
 from decoders.latent_spaces.learned import draw
+from decoders.regen import controls
 from decoders.regen.model import RegenConfig, RegenDecoder
 from decoders.regen.moments import Moments
 from decoders.regen.objective import RegenObjective, encoded_frames_of
@@ -291,8 +292,6 @@ class Regen(VideoDecoder):
 
     def own_references(self) -> dict[str, Method]:
         """Other numbers of steps, other noise, latents of other clips, and what needs no decoder."""
-        from decoders.regen import controls
-
         return controls.methods(self)
 
     def frame_groups(self, batch: VideoBatch) -> dict[str, Bool[Tensor, "b t"]]:
@@ -315,7 +314,7 @@ class Regen(VideoDecoder):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.moments.sums = checkpoint["moments"]
+        self.moments.sums = checkpoint["moments"].clone()  # not the file's memory map
 
 
 def _windows(video: Float[Tensor, "b c t h w"], frames: list[list[int]]) -> Float[Tensor, "B c f h w"]:

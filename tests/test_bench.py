@@ -206,6 +206,8 @@ def test_a_length_that_cannot_be_decoded_names_the_nearest():
     check_length("bench", 16, space)
     with pytest.raises(ConfigError, match="num_frames=17: .* the nearest is 16 or 20"):
         check_length("bench", 17, space)
+    with pytest.raises(ConfigError, match="num_frames=3: .* the nearest is 4$"):
+        check_length("bench", 3, space)
     with pytest.raises(ConfigError, match="num_frames=17: .* the nearest are 15 and 20"):
         bench("regen_debug", (), BenchConfig(peers=[], num_frames=17))
 

@@ -12,6 +12,7 @@ from experiments.train import build, build_data
 
 # Losses of the first three steps on a CPU, within 0.2 %: a refactoring that changes them changed the mathematics.
 FIRST_LOSSES = Path(__file__).parent / "first_losses.txt"
+STARTS_AT_ZERO = ("regen_debug", "regen_space_debug")  # nothing below the last layer has a gradient in the first step
 
 
 def made(name: str, *overrides: str) -> tuple[VideoDecoder, list[VideoBatch]]:
@@ -65,12 +66,12 @@ def test_stream_equals_decode(debug_name: str) -> None:
 
 
 def test_every_trainable_parameter_gets_a_gradient_and_no_other(debug_name: str) -> None:
-    """After two steps: a layer that begins at zero lets no gradient through before."""
+    """At once, or after two steps where the last layer begins at zero."""
     decoder, batches = made(debug_name)
     decoder.setup("fit")
     batch = decoder.with_latent(clip_batch(batches))
     optimizer = torch.optim.SGD([p for _, p in decoder.trainable()], lr=1e-3)
-    for _ in range(2):
+    for _ in range(2 if debug_name in STARTS_AT_ZERO else 0):
         weighted(decoder, decoder.losses(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()

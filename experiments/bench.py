@@ -216,6 +216,17 @@ def check_length(command: str, num_frames: int, space: LatentSpace) -> None:
         raise ConfigError(f"{command}.num_frames={num_frames}: {error}") from None
 
 
+def waits_s(step_s: Sequence[float], step_frames: Sequence[int]) -> list[float]:
+    """Seconds from frames to frames: a step that gives none (half a chunk) is a part of the wait for the next."""
+    waits, since = [], 0.0
+    for seconds, frames in zip(step_s, step_frames, strict=True):
+        since += seconds
+        if frames:
+            waits.append(since)
+            since = 0.0
+    return waits
+
+
 def _measure_size(decoders: list[Decoder], config: BenchConfig, size: tuple[int, int]) -> dict[str, Any]:
     """Rounds in which every decoder decodes the clip once, every other round in reverse order."""
     multiple = math.lcm(*(decoder.about["multiple"] for decoder in decoders))
@@ -255,8 +266,9 @@ def summarise(row: dict[str, Any], about: dict[str, Any], config: BenchConfig) -
         return None
     frames = config.batch_size * config.num_frames
     fps = [frames / sum(r["step_s"]) for r in repetitions]
-    first_ms = [1e3 * r["step_s"][0] for r in repetitions]
-    later_ms = [1e3 * s for r in repetitions for s in r["step_s"][1:]]
+    waits = [waits_s(r["step_s"], r["step_frames"]) for r in repetitions]
+    first_ms = [1e3 * seconds[0] for seconds in waits]
+    later_ms = [1e3 * s for seconds in waits for s in seconds[1:]]
     beyond = [r["beyond_weights_bytes"] for r in repetitions]
     known = None not in beyond
     return {

@@ -21,6 +21,7 @@ from experiments.bench import (
     ratio,
     report,
     summarise,
+    waits_s,
 )
 from experiments.bench_worker import Bench, Float32Arithmetic, Job
 from experiments.compose import ConfigError
@@ -72,7 +73,13 @@ def test_typos_are_refused_before_anything_is_built():
 
 def repetition(first_s: float, step_s: float, beyond_bytes: int | None) -> dict:
     steps = [first_s, step_s, step_s]
-    return {"step_s": steps, "beyond_weights_bytes": beyond_bytes, "matmul_flops_per_s": 1e9, "others_cpu_share": 0.01}
+    return {
+        "step_s": steps,
+        "step_frames": [1, 4, 4],
+        "beyond_weights_bytes": beyond_bytes,
+        "matmul_flops_per_s": 1e9,
+        "others_cpu_share": 0.01,
+    }
 
 
 def row(*repetitions: dict) -> dict:
@@ -196,6 +203,12 @@ def test_a_run_beside_a_peer_prints_a_table_and_writes_json(tmp_path: Path, caps
     assert set(size["rows"]["diffusers Wan 2.1"]["trial_s"]) == {"contiguous", "channels_last"}
     assert size["ratios"]["diffusers Wan 2.1"]["fps"] > 1
     assert report(result) in printed
+
+
+def test_steps_without_frames_count_as_waiting():
+    """A chunk's content frame shows nothing by itself: the first picture comes with its motion."""
+    assert waits_s([3.0, 1.0, 1.0], [1, 4, 4]) == [3.0, 1.0, 1.0]
+    assert waits_s([0.5, 3.0, 0.5, 1.0], [0, 5, 0, 5]) == [3.5, 1.5]
 
 
 def test_a_length_that_cannot_be_decoded_names_the_nearest():

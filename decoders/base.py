@@ -63,6 +63,7 @@ class VideoDecoder(LightningModule):
         self.batches_seen = 0
         self.ema: Ema | None = None
         self._restored_ema: dict[str, Tensor] | None = None
+        self.progress: Callable[[], float] | None = None  # the share of the run's time that is used, where time ends it
         self.references: dict[str, Method] = {}  # other methods that validation scores too
         self._metrics: list | None = None
         self._rows: list[Row] = []
@@ -242,7 +243,7 @@ class VideoDecoder(LightningModule):
 
     def configure_optimizers(self) -> dict:
         optimizer, schedule = optimisation.build(
-            self.param_groups(), self.training_config.optim, self.training_config.max_steps
+            self.param_groups(), self.training_config.optim, self.training_config.max_steps, self.progress
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -1,5 +1,6 @@
 """One AdamW over named parameter groups, with a rate and a largest gradient norm of their own."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,8 +14,11 @@ class TrainingDiverged(RuntimeError):
     """A gradient is not finite. The weights are those before the step; nothing was saved after it."""
 
 
-def build(groups: list[dict], config: OptimConfig, max_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """The optimiser of ``VideoDecoder.param_groups`` and its schedule, which ends at ``max_steps``.
+def build(
+    groups: list[dict], config: OptimConfig, max_steps: int, used: Callable[[], float] | None = None
+) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """The optimiser of ``VideoDecoder.param_groups`` and its schedule, which ends at ``max_steps``, or where ``used``, the
+    share of the run's time that is used, is 1.
 
     Raises:
         ValueError: ``optim.groups`` names a group that there is not.
@@ -25,8 +29,12 @@ def build(groups: list[dict], config: OptimConfig, max_steps: int) -> tuple[torc
         raise ValueError(f"optim.groups.{sorted(unknown)[0]} names no parameter group (there are: {names})")
     parts = [part for group in groups for part in _decay_parts(group, config)]
     optimizer = torch.optim.AdamW(parts, lr=config.lr, betas=config.betas, eps=config.eps, fused=config.fused)
-    factors = [partial(config.lr_factor, max_steps=max_steps, group=part["name"]) for part in parts]
+    factors = [partial(_factor, config, max_steps, part["name"], used) for part in parts]
     return optimizer, LambdaLR(optimizer, factors)
+
+
+def _factor(config: OptimConfig, max_steps: int, group: str, used: Callable[[], float] | None, step: int) -> float:
+    return config.lr_factor(step, max_steps, group, None if used is None else used())
 
 
 def _decay_parts(group: dict, config: OptimConfig) -> list[dict]:

@@ -49,15 +49,19 @@ class OptimConfig:
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"optim.grad_clip={self.grad_clip} must be above 0, or null for none")
 
-    def lr_factor(self, step: int, max_steps: int, group: str = "") -> float:
-        """The share of its own rate that a parameter group has in optimiser step ``step`` (from 0)."""
+    def lr_factor(self, step: int, max_steps: int, group: str = "", used: float | None = None) -> float:
+        """The share of its own rate that a parameter group has in optimiser step ``step`` (from 0).
+
+        ``used``: the share of a run's time that is used, where time ends it and not ``max_steps``.
+        """
         if step < self.warmup_steps:
             if self.warmup_from is None:
                 return (step + 1) / self.warmup_steps
             return self.warmup_from + (1 - self.warmup_from) * step / self.warmup_steps
         if self.schedule == "constant":
             return 1.0
-        done = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
+        done = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps) if used is None else used
+        done = min(1.0, done)
         own = self.groups.get(group)
         floor = self.min_lr / self.lr if own is None or own.min_lr is None else own.min_lr / (own.lr or self.lr)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))

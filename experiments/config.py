@@ -33,6 +33,9 @@ class TrainerConfig:
 
     max_steps: int = MISSING
     max_minutes: float | None = None  # training stops in good order after so long, even before max_steps
+    # The run is complete after so many minutes of training, and a cosine ends there: for comparisons on equal time. Steps then
+    # depend on the machine; max_steps is only a bound.
+    budget_minutes: float | None = None
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | str = "auto"  # a number, or "auto" for all there are on this node
     num_nodes: int = 1
@@ -55,8 +58,9 @@ class TrainerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.checkpoint_every_steps < 1:
             raise ValueError(f"checkpoint_every_steps={self.checkpoint_every_steps} must be 1 or more")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"max_minutes={self.max_minutes} must be above 0, or null for no limit")
+        for name in ("max_minutes", "budget_minutes"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0, or null for no limit")
         if isinstance(self.devices, str) and self.devices != "auto":
             raise ValueError(f"devices={self.devices} must be a number or auto")
         if isinstance(self.devices, int) and self.devices < 1:

@@ -18,6 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from decoders.base import VideoDecoder
 from experiments import beside, evaluate
+from experiments.budget import Budget
 from experiments.callbacks import Progress, Reconstructions, Throughput
 from experiments.checkpoints import LAST, Checkpoints, StreamedCheckpointIO, load_weights, write_atomically
 from experiments.compose import ConfigError, flatten, run_cli
@@ -153,11 +154,12 @@ def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), call
         experiment.trainer.checkpoint_every_steps,
         experiment.trainer.keep_checkpoints,
     )
+    budget = Budget(experiment.trainer.budget_minutes) if experiment.trainer.budget_minutes else None
     throughput = Throughput()
     shown = [Progress(throughput)] if experiment.trainer.progress_bar else []
     validation = experiment.validation
     pictures = [Reconstructions(validation.num_shown, validation.video_fps)] if validation.num_shown else []
-    every = [DataPosition(data), throughput, *shown, *pictures, *callbacks, keep]
+    every = [DataPosition(data), *([budget] if budget else []), throughput, *shown, *pictures, *callbacks, keep]
     trainer = build_trainer(experiment, folder, every, decoder.terms_may_be_absent)
     if experiment.trainer.compile:
         decoder.model.compile()
@@ -166,7 +168,7 @@ def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), call
     trainer.fit(decoder, data, ckpt_path=resume, weights_only=True)
     if trainer.interrupted:
         raise SystemExit(1)
-    finish(experiment, trainer, decoder, data, keep)
+    finish(experiment, trainer, decoder, data, keep, complete=budget is not None and budget.is_used_up)
     return folder
 
 
@@ -208,8 +210,13 @@ def begin(folder: Path, experiment: Experiment, trainer: Trainer, decoder: Video
     )
 
 
-def finish(experiment: Experiment, trainer: Trainer, decoder: VideoDecoder, data, keep: Checkpoints) -> None:
-    """The last validation's result, in a table, in TensorBoard's HParams tab and in the file that says "complete"."""
+def finish(
+    experiment: Experiment, trainer: Trainer, decoder: VideoDecoder, data, keep: Checkpoints, complete: bool = False
+) -> None:
+    """The last validation's result, in a table, in TensorBoard's HParams tab and in the file that says "complete".
+
+    A run is complete with its last step, or, before that, where its budget of time is used up: ``complete``.
+    """
     kind = "last" if decoder.ema is None else "ema"
     weights = {"kind": kind, "step": trainer.global_step, "file": f"weights-{kind}.safetensors"}
     folder = keep.folder / "evaluation"
@@ -224,7 +231,7 @@ def finish(experiment: Experiment, trainer: Trainer, decoder: VideoDecoder, data
     trainer.logger.experiment.flush()
     summary = {"steps": trainer.global_step, "clips_seen": decoder.clips_seen, "minutes": round(keep.seconds / 60, 2)}
     summary |= {"precision": trainer.precision, "scores": means}
-    if trainer.global_step < experiment.trainer.max_steps:
+    if trainer.global_step < experiment.trainer.max_steps and not complete:
         say(f"stopped by trainer.max_minutes={experiment.trainer.max_minutes}; a larger value goes on from here")
     else:
         keep.finish(summary)

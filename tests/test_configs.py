@@ -30,7 +30,8 @@ def test_every_experiment_loads(name, monkeypatch):
     experiment = load(name)
     # A run's name begins with its family's; one of the baseline may begin with its backbone's, as papers know it by that.
     family, backbone = experiment.family.split(".")[1], getattr(experiment.decoder, "backbone", "")
-    begins = [f"{family}_", *([f"{backbone}_"] if family == "baseline" else [])]
+    # compare_<space>_<family> is a family's part of a comparison on equal ground.
+    begins = [f"{family}_", f"compare_wanmini_{family}", *([f"{backbone}_"] if family == "baseline" else [])]
     assert name.startswith(tuple(begins)), (
         f"{name}.yaml trains {family}; its name should begin with {' or '.join(begins)}"
     )

@@ -122,13 +122,13 @@ class Checkpoints(Checkpoint):
         self._leaving = False
         self._saved_step = -1
         self._handlers: dict[int, Any] = {}
-        self._started = 0.0
+        self._started: float | None = None  # None: training is over
         self._seconds_before = 0.0
 
     @property
     def seconds(self) -> float:
-        """Time trained so far, over all sessions up to their last checkpoints."""
-        return self._seconds_before + time.monotonic() - self._started
+        """Time trained so far, over all sessions up to their last checkpoints, without the evaluation at the end."""
+        return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -185,7 +185,7 @@ class Checkpoints(Checkpoint):
             return
         name = pl_module.training_config.validation.best
         score = trainer.callback_metrics.get(f"val/{name}")
-        sign = -1 if name in metrics.LOWER_IS_BETTER else 1
+        sign = 1 if metrics.higher_is_better(name) else -1
         if score is not None and (self.best is None or sign * score > sign * self.best):
             self.best = float(score)
             self._save_weights(pl_module, "best")
@@ -193,6 +193,7 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
         if trainer.global_step != self._saved_step:
             self.save(trainer, pl_module)
+        self._seconds_before, self._started = self.seconds, None
 
     def save(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
         """Write ``last.ckpt`` and the weights; older checkpoints beyond ``keep`` go."""

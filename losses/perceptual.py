@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -70,11 +70,13 @@ class Lpips(nn.Module):
         """
         check_pair(prediction, target, mask)
         b, _, t, h, w = prediction.shape
-        if min(h, w) < self.smallest:
-            raise ValueError(f"LPIPS-{self.net} needs frames of {self.smallest}x{self.smallest} or more, got {h}x{w}")
-        self._follow(prediction.device)
+        self._check_size(h, w)
         folded = [x if x is None else x.transpose(1, 2).flatten(0, 1) for x in (prediction, target, mask)]
         return torch.cat([self._chunk(*chunk) for chunk in self._chunks(*folded)]).unflatten(0, (b, t))
+
+    def _check_size(self, h: int, w: int) -> None:
+        if min(h, w) < self.smallest:
+            raise ValueError(f"LPIPS-{self.net} needs frames of {self.smallest}x{self.smallest} or more, got {h}x{w}")
 
     def _follow(self, device: torch.device) -> None:
         # Lightning validates in inference mode, and tensors made there can never again take part in a backward.
@@ -94,13 +96,25 @@ class Lpips(nn.Module):
 
     def _distance(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         """(frames, 3, h, w) twice -> (frames,)."""
-        scale, backbone = self.network.scaling_layer, self.network.net
-        with convolution_precision(prediction.device):
-            layers = zip(self.network.lins, *(backbone(scale(x.float())) for x in (prediction, target)), strict=True)
-        total = torch.zeros(len(prediction), device=prediction.device)
-        with torch.autocast(prediction.device.type, enabled=False):
-            for head, ours, theirs in layers:
-                cell = head((_unit(ours.float()) - _unit(theirs.float())).square())  # (frames, 1, y, x)
+        return self.distance(self.features(prediction), self.features(target), mask)
+
+    def features(self, frames: Float[Tensor, "frames 3 h w"]) -> tuple[Float[Tensor, "frames ..."], ...]:
+        """What is compared: each layer's features with every pixel's channels at length 1, float32. RGB in [-1, 1]."""
+        self._check_size(*frames.shape[-2:])
+        self._follow(frames.device)
+        with convolution_precision(frames.device):
+            layers = list(self.network.net(self.network.scaling_layer(frames.float())))
+        with torch.autocast(frames.device.type, enabled=False):
+            return tuple(_unit(layers.pop(0).float()) for _ in range(len(layers)))
+
+    def distance(
+        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], mask: Float[Tensor, "frames 1 h w"] | None = None
+    ) -> Float[Tensor, " frames"]:
+        """LPIPS of frames from their :meth:`features`; ``mask`` as in :meth:`per_frame`."""
+        total = torch.zeros(len(ours[0]), device=ours[0].device)
+        with torch.autocast(total.device.type, enabled=False):
+            for head, one, other in zip(self.network.lins, ours, theirs, strict=True):
+                cell = head((one - other).square())  # (frames, 1, y, x)
                 if mask is None:
                     total = total + cell.mean(dim=(1, 2, 3))
                 else:

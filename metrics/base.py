@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,17 +12,22 @@ from torch import Tensor
 from losses.pixel import check_pair
 
 _PIXELS_PER_CHUNK = 1 << 21  # one 1080p frame, eight of 480 x 480: bounds memory, changes no value
+_KEPT_BYTES = 1 << 30  # of one metric, on the device of its inputs
+_LOOKS_LIKE_BYTES = 32.0  # no decoder that means [-1, 1] gives nothing below 0 and this much
 
 
 class Metric(ABC):
-    """Scores frames: ``metric(prediction, target) -> "b t"``. Frames are scored alone, so any grouping gives the same.
+    """Scores frames: ``metric(prediction, target) -> "b t"``. Each clip is scored alone, so batch size changes no bit.
 
     ``name`` is the column's and TensorBoard's (``val/<name>``); ``higher_is_better`` says which way is up;
-    ``protocol`` is the metric's part of :class:`metrics.protocol.Protocol`.
+    ``protocol`` is the metric's part of :class:`metrics.protocol.Protocol`. ``pairs``: what is scored lies between a
+    frame and the one before it; the score stands at the later frame, and a clip's first frame has none (NaN).
     """
 
     name: str
     higher_is_better: bool
+    pairs: bool = False
+    _kept: "TargetCache | None" = None  # of metrics that work on the target alone before they compare
 
     @property
     @abstractmethod
@@ -31,7 +36,10 @@ class Metric(ABC):
 
     @abstractmethod
     def _frames(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        """(frames, 3, h, w) twice and (frames, 1, h, w) or None, float32 in [-1, 1] -> (frames,)."""
+        """(frames, 3, h, w) twice and (frames, 1, h, w) or None, float32 in [-1, 1] -> (frames,).
+
+        With ``pairs`` -> (frames - 1,): one score for each frame but the first; NaN where a pair has none.
+        """
 
     @torch.no_grad()
     def __call__(
@@ -42,22 +50,118 @@ class Metric(ABC):
     ) -> Float[Tensor, "b t"]:
         """Score of each frame in float32, without gradient; the prediction is clamped to [-1, 1] first.
 
-        What ``mask`` does not count (0) cannot touch the score: there the prediction is replaced by the target, and
-        averages run over what counts. Raises ValueError for shapes that differ, a target outside [-1, 1] (uint8?
-        [0, 255]?) and a frame in which nothing counts.
+        NaN where a frame has no score: the first one of a metric of ``pairs``. What ``mask`` does not count (0) cannot
+        touch the score: there the prediction is replaced by the target, and averages run over what counts. Raises
+        ValueError for shapes that differ, a target outside [-1, 1] or a prediction of [0, 255] (uint8?), and a frame
+        in which nothing counts.
         """
         check_pair(prediction, target, mask)
         _check_range(target if mask is None else torch.where(mask > 0, target, 0.0))
+        _check_prediction(prediction)
         _check_counts(mask)
-        b, _, t, h, w = prediction.shape
-        folded = [x if x is None else x.transpose(1, 2).flatten(0, 1) for x in (prediction, target, mask)]
-        size = max(1, _PIXELS_PER_CHUNK // (h * w))
-        scores = []
+        if self._kept is not None:
+            self._kept.rewind()
+        clips = zip(prediction, target, [None] * len(target) if mask is None else mask, strict=True)
         with exact_fp32(prediction.device):
-            for start in range(0, b * t, size):
-                chunk = [x if x is None else x[start : start + size].float() for x in folded]
-                scores.append(self._frames(*_prepared(*chunk)))
-        return torch.cat(scores).unflatten(0, (b, t))
+            return torch.stack([self._clip(*clip) for clip in clips])
+
+    def clip_score(self, frames: Float[Tensor, " t"]) -> float:
+        """A clip's score from its frames' (or from some of them): the mean.
+
+        Of ``pairs``, over the frames that have a score; NaN if there is none. Otherwise every frame has one, and a NaN
+        (a prediction that is not finite) stays visible.
+        """
+        if self.pairs:
+            frames = frames[~frames.isnan()]
+        return frames.double().mean().item()
+
+    def forget(self) -> None:
+        """Drop what is kept of the last target for the next method; call it after each batch. Changes no number."""
+        if self._kept is not None:
+            self._kept.forget()
+
+    def _clip(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        """(3, t, h, w) twice and (1, t, h, w) or None -> (t,)."""
+        t, h, w = prediction.shape[1:]
+        size, before = max(1, _PIXELS_PER_CHUNK // (h * w)), int(self.pairs)
+        scores = [torch.full((before,), torch.nan, device=prediction.device)]
+        for start in range(0, t - before, size):
+            cut = slice(start, start + size + before)
+            chunk = _prepared(
+                *(x if x is None else x[:, cut].transpose(0, 1).float() for x in (prediction, target, mask))
+            )
+            found = self._frames(*chunk)
+            scores.append(self._worst_if_broken(found, chunk[0]) if self.pairs else found)
+        return torch.cat(scores)
+
+    def _worst_if_broken(self, scores: Tensor, prediction: Tensor) -> Tensor:
+        """Infinitely bad where a frame of the pair is not finite: NaN would read as "has no score" and be left out."""
+        fine = prediction.isfinite().flatten(1).all(dim=1)
+        worst = -torch.inf if self.higher_is_better else torch.inf
+        return torch.where(fine[1:] & fine[:-1], scores, worst)
+
+
+class SetMetric(ABC):
+    """Scores a set of predictions against a set of truths: one number for all clips, no score of a frame.
+
+    ``name`` is the column's; ``higher_is_better`` and ``protocol`` as in :class:`Metric`.
+    """
+
+    name: str
+    higher_is_better: bool
+    protocol: dict[str, Any]
+
+    @abstractmethod
+    def features(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b windows d"]:
+        """What is kept of each clip: float32 on the CPU, without gradient. RGB in [-1, 1], clamped here."""
+
+    @abstractmethod
+    def score(self, real: Float[Tensor, "n d"], fake: Float[Tensor, "n d"]) -> float:
+        """The number, from the features of all windows of all clips."""
+
+    def forget(self) -> None:  # noqa: B027  one that keeps nothing has nothing to write
+        """As in :class:`Metric`. Nothing to drop by default."""
+
+
+class TargetCache:
+    """What was computed of the last target's frames, for the next method that is scored on the same batch.
+
+    Calls ask in the same order for every method. The first frames that are not those kept, bit by bit, drop all from
+    there on, so no more than one batch is held; and no more than ``limit`` bytes: beyond it values are computed anew.
+    """
+
+    def __init__(self, limit: int = _KEPT_BYTES):
+        self._limit, self._entries, self._next, self._bytes = limit, [], 0, 0
+
+    def rewind(self) -> None:
+        """The next call is a batch's first."""
+        self._next = 0
+
+    def forget(self) -> None:
+        """Drop everything."""
+        self._entries, self._next, self._bytes = [], 0, 0
+
+    def get(self, frames: Tensor, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """``compute(frames)``, or what it gave for the same frames. Nobody may change ``frames`` afterwards."""
+        place, self._next = self._next, self._next + 1
+        if place < len(self._entries):
+            known, value = self._entries[place]
+            if known is not None and _same(known, frames):
+                return value
+            self._drop_from(place)
+        value = compute(frames)
+        size = _bytes_of(frames, *value)
+        if self._bytes + size <= self._limit:
+            self._entries.append((frames, value))
+            self._bytes += size
+        else:
+            self._entries.append((None, ()))
+        return value
+
+    def _drop_from(self, place: int) -> None:
+        for known, value in self._entries[place:]:
+            self._bytes -= 0 if known is None else _bytes_of(known, *value)
+        del self._entries[place:]
 
 
 @contextlib.contextmanager
@@ -72,11 +176,16 @@ def exact_fp32(device: torch.device) -> Iterator[None]:
 
 
 def masked_mean(values: Float[Tensor, "frames c h w"], mask: Tensor | None) -> Float[Tensor, " frames"]:
-    """Mean over channels and the pixels that count."""
+    """Mean over channels and the pixels that count; NaN where none does."""
     values = values.mean(dim=1)
     if mask is None:
         return values.mean(dim=(1, 2))
     return (values * mask[:, 0]).sum(dim=(1, 2)) / mask.sum(dim=(1, 2, 3))
+
+
+def counted_in_both(mask: Tensor | None) -> Tensor | None:
+    """(frames, 1, h, w) -> (frames - 1, 1, h, w): what counts in a frame and in the one before it."""
+    return None if mask is None else torch.minimum(mask[1:], mask[:-1])
 
 
 def _prepared(prediction: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -93,6 +202,19 @@ def _check_range(target: Tensor) -> None:
         raise ValueError(f"the target must be RGB in [-1, 1], got values from {low:.4g} to {high:.4g}")
 
 
+def _check_prediction(prediction: Tensor) -> None:
+    """Clamping would hide a range that is mixed up; what a decoder overshoots stays allowed."""
+    if not prediction.is_floating_point():
+        raise ValueError(
+            f"the prediction must be float RGB in [-1, 1], got {prediction.dtype}: divide by 127.5, less 1"
+        )
+    low, high = (value.item() for value in prediction.aminmax())
+    if low >= 0 and high > _LOOKS_LIKE_BYTES:
+        raise ValueError(
+            f"the prediction has values from {low:.4g} to {high:.4g}: not RGB in [-1, 1], as the target is"
+        )
+
+
 def _check_counts(mask: Tensor | None) -> None:
     if mask is None:
         return
@@ -102,3 +224,11 @@ def _check_counts(mask: Tensor | None) -> None:
         raise ValueError(
             f"the mask counts nothing in frame {frame} of clip {clip} ({len(empty)} such frames): leave them out"
         )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)
+
+
+def _bytes_of(*tensors: Tensor) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

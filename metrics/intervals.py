@@ -1,12 +1,14 @@
 """How sure a mean over clips is: bootstrap intervals, of one method or of the difference between two on the same clips."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 DRAWS = 10_000
 LEVEL = 0.95
+_CHUNK = 1 << 22  # numbers drawn at once: bounds memory, changes no value
 
 
 class Interval(NamedTuple):
@@ -31,8 +33,22 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
     if len(values) < 2:
         return Interval(scores.item(), float("nan"), float("nan"))
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(values), (DRAWS, len(values)), generator=generator)
-    means = scores[drawn].mean(dim=1)
+    rows = max(1, _CHUNK // len(values))
+    means = torch.cat(
+        [
+            scores[torch.randint(len(values), (min(rows, DRAWS - done), len(values)), generator=generator)].mean(dim=1)
+            for done in range(0, DRAWS, rows)
+        ]
+    )
     tail = (1 - LEVEL) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(scores.mean().item(), low, high)
+
+
+def paired(ours: Mapping[str, float], theirs: Mapping[str, float], seed: int = 0) -> Interval:
+    """Ours minus theirs on the clips that both have scores of (clip -> score; NaN is no score), with its interval.
+
+    Raises ValueError where they have no clip in common.
+    """
+    differences = [ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys())]
+    return bootstrap([value for value in differences if not math.isnan(value)], seed)

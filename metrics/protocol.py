@@ -1,4 +1,9 @@
-"""What a number was measured under. Numbers with different protocols are not put in one column."""
+"""What a number was measured under. Numbers that were measured differently are not put in one column.
+
+A protocol has two sides. The *measured* side says what was scored and how: metric, frames, clips, size, resize, the
+metric's definition. A column of a table has one measured side (:func:`require_same`). The *made* side says how the pixels
+came about: dtype, sampler steps, latent space, choices of decoding. That is what rows differ in, and each row shows its own.
+"""
 
 import dataclasses
 import hashlib
@@ -8,10 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MADE = ("dtype", "sampler_steps", "latent_space")  # fields of the made side, and in the definition:
+DECODING = "decoding"
+
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that changes a metric's value while the decoder stays the same. Written into every result.
+    """Everything that changes a metric's value while the decoder's weights stay the same. Written into every result.
 
     Built from a metric's own settings and what the evaluation adds: ``Protocol.of(metric, frames=(0, 17), ...)``.
     """
@@ -59,15 +67,30 @@ class Protocol:
         """12 hex digits; equal exactly when the protocols are."""
         return _short_hash(json.dumps(self.to_dict(), sort_keys=True))
 
+    def measured(self) -> dict[str, Any]:
+        """What was scored and how; equal for all results of a column. Plain values."""
+        values = {key: value for key, value in self.to_dict().items() if key not in MADE}
+        return values | {"definition": {k: v for k, v in values["definition"].items() if k != DECODING}}
+
+    def made(self) -> dict[str, Any]:
+        """How the pixels came about, shown in the row: what is None is left out, choices of decoding stand by their names."""
+        values = self.to_dict()
+        decoding = values["definition"].get(DECODING) or {}
+        return {key: values[key] for key in MADE if values[key] is not None} | dict(decoding)
+
+    def measured_hash(self) -> str:
+        """12 hex digits; equal exactly when the two results may stand in one column."""
+        return _short_hash(json.dumps(self.measured(), sort_keys=True))
+
     def differences(self, other: "Protocol") -> dict[str, tuple[Any, Any]]:
-        """Field -> (ours, theirs), where they differ; entries of the definition as ``definition.<key>``."""
-        ours, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        """Field of the measured side -> (ours, theirs), where they differ; the definition's entries as ``definition.<key>``."""
+        ours, theirs = _flat(self.measured()), _flat(other.measured())
         keys = [*ours, *(key for key in theirs if key not in ours)]
         return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
 
 
 def require_same(protocols: Mapping[str, Protocol]) -> Protocol:
-    """The one protocol of a column of results (label -> protocol).
+    """The first protocol of a column of results (label -> protocol), whose measured side is everybody's.
 
     Raises ValueError saying which fields of which result differ from the first one's.
     """

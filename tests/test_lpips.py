@@ -12,7 +12,7 @@ from PIL import Image
 
 from losses import pretrained
 from losses.perceptual import Lpips, _unit
-from losses.pretrained import RELEASED, WeightsNotFound, find_weights
+from losses.pretrained import WeightsNotFound, find_weights
 from metrics.perceptual import LpipsMetric
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ def weights() -> Path:
     assets = Path(os.environ.get("ASSETS_ROOT") or ROOT.parent / "shared" / "assets") / "lpips"
     for folder in (assets, pretrained.cache_dir()):
         try:
-            [find_weights(name, folder) for name in RELEASED]
+            [find_weights(name, folder) for name in ("alexnet", "vgg16")]
         except WeightsNotFound:
             continue
         return folder

@@ -7,10 +7,11 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 import metrics
 from metrics.base import exact_fp32
-from metrics.image import Psnr, Ssim, decibels, psnr_per_video
+from metrics.image import Psnr, PsnrVideo, Ssim, decibels
 from metrics.protocol import Protocol, clip_list_hash, require_same
 
 
@@ -38,8 +39,19 @@ def test_psnr_of_a_known_error():
     prediction = torch.full_like(target, 0.2)
     prediction[:, :, 1] = 0.02
     assert Psnr()(prediction, target).tolist()[0] == pytest.approx([20.0, 40.0], abs=1e-4)  # 20 log10(2 / error)
-    assert psnr_per_video(prediction, target).item() == pytest.approx(10 * math.log10(4 / 0.0202), abs=1e-4)
-    assert psnr_per_video(prediction, target) < Psnr()(prediction, target).mean()
+
+
+def test_psnr_of_a_video_is_that_of_its_mean_error():
+    target = torch.zeros(1, 3, 2, 8, 8)
+    prediction = torch.full_like(target, 0.2)
+    prediction[:, :, 1] = 0.02
+    frames = PsnrVideo()(prediction, target)[0]
+    assert torch.equal(frames, Psnr()(prediction, target)[0])
+    assert PsnrVideo().clip_score(frames) == pytest.approx(10 * math.log10(4 / 0.0202), abs=1e-4)
+    assert Psnr().clip_score(frames) == pytest.approx(30.0, abs=1e-4)
+    prediction, target = clips()
+    mse = (prediction[0].double() - target[0]).square().mean()
+    assert PsnrVideo().clip_score(PsnrVideo()(prediction, target)[0]) == pytest.approx(decibels(mse).item(), abs=1e-4)
 
 
 def test_psnr_of_8_bit_images_is_the_usual_one():
@@ -53,7 +65,7 @@ def test_identical_frames_have_the_documented_best_score():
     _, target = clips()
     assert (Psnr()(target, target) == 100).all()
     torch.testing.assert_close(Ssim()(target, target), torch.ones(2, 3))
-    assert (psnr_per_video(target, target) == 100).all()
+    assert PsnrVideo().clip_score(PsnrVideo()(target, target)[0]) == pytest.approx(100)
 
 
 def test_prediction_is_clamped_and_nan_stays_visible():
@@ -81,6 +93,18 @@ def numpy_ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     cov = mean((one - mu_a[..., None, None]) * (two - mu_b[..., None, None]))
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     return (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
+
+
+@pytest.mark.parametrize(("h", "w"), [(20, 28), (64, 37), (6, 6)])
+def test_ssim_equals_torchmetrics(h, w):
+    """The suite's own separable form of it, which is ten times as fast."""
+    for prediction, target in (clips(2, 3, h, w), [torch.ones(1, 3, 1, h, w)] * 2):
+        folded = [x.transpose(1, 2).flatten(0, 1) for x in (prediction, target)]
+        _, full = structural_similarity_index_measure(
+            *folded, sigma=1.5, data_range=2.0, reduction="none", return_full_image=True
+        )
+        ours = Ssim()(prediction, target).flatten()
+        torch.testing.assert_close(ours, full.mean(dim=(1, 2, 3)), rtol=0, atol=1e-6)
 
 
 def test_ssim_equals_an_independent_computation():
@@ -151,6 +175,11 @@ def test_metrics_refuse_bad_input(as_in_training):
         Psnr()(target, torch.linspace(0, 255, target.numel()).view_as(target))
     with pytest.raises(ValueError, match="RGB in"):
         Psnr()(prediction, target * math.nan)
+    for metric in (Psnr(), metrics.build(["flicker"])[0]):
+        with pytest.raises(ValueError, match="the prediction has values from 0 to 255: not RGB"):
+            metric(torch.linspace(0, 255, target.numel()).view_as(target), target)
+        with pytest.raises(ValueError, match=r"float RGB in \[-1, 1\], got torch.uint8: divide by 127.5"):
+            metric(torch.zeros_like(target, dtype=torch.uint8), target)
     with pytest.raises(ValueError, match="6x6 or more, got 5x28"):
         Ssim()(prediction[..., :5, :], target[..., :5, :])
 
@@ -185,8 +214,12 @@ def test_build_by_name():
     assert metrics.build([]) == []
     with pytest.raises(ValueError, match="no metric 'lpips_vg'; nearest is 'lpips_vgg'"):
         metrics.build(["psnr", "lpips_vg"])
+    with pytest.raises(ValueError, match="nearest is 'fvd_i3d_16f'"):
+        metrics.build(["fvd_i3d"])
     with pytest.raises(ValueError, match="listed twice"):
         metrics.build(["psnr", "psnr"])
+    with pytest.raises(ValueError, match="no metric has weights 'rafts'; nearest is 'raft'"):
+        metrics.build(["psnr"], weights={"rafts": "here"})
 
 
 def test_lpips_metrics_carry_their_backbone(assets):
@@ -227,11 +260,10 @@ def test_protocol_survives_json_and_its_hash_is_stable():
     "change",
     [
         {"frames": (0, 9)}, {"frame_stride": 2}, {"size": (256, 320)}, {"resize": "area"}, {"num_clips": 3},
-        {"clips": clip_list_hash(["a", "c"])}, {"dtype": "bfloat16 autocast"}, {"sampler_steps": 5},
-        {"latent_space": "x"},
+        {"clips": clip_list_hash(["a", "c"])},
     ],
 )  # fmt: skip
-def test_every_field_makes_another_protocol_and_is_named(change):
+def test_every_measured_field_makes_another_column_and_is_named(change):
     (name,) = change
     ours, theirs = Protocol.of(Psnr(), **SETTINGS), Protocol.of(Psnr(), **SETTINGS | change)
     assert ours.hash() != theirs.hash()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from metrics.intervals import bootstrap
+from metrics.intervals import bootstrap, paired
 
 
 def test_known_answers():
@@ -36,3 +36,18 @@ def test_covers_the_true_mean_about_as_often_as_it_says():
         low, high = bootstrap((torch.rand(40, generator=generator) * 2).tolist())[1:]
         hits += low <= 1.0 <= high
     assert 52 <= hits <= 60
+
+
+def test_many_clips_are_drawn_in_parts_and_give_the_same(monkeypatch):
+    values = torch.rand(50, generator=torch.Generator().manual_seed(2)).tolist()
+    whole = bootstrap(values)
+    monkeypatch.setattr("metrics.intervals._CHUNK", 50 * 64)
+    assert bootstrap(values) == whole
+
+
+def test_pairs_are_of_the_same_clips():
+    ours, theirs = {"a": 3.0, "b": 5.0, "only ours": 99.0, "c": math.nan}, {"b": 1.0, "a": 1.0, "c": 2.0}
+    assert paired(ours, theirs) == bootstrap([2.0, 4.0])
+    assert paired(ours, ours) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="no clip"):
+        paired({"a": 1.0}, {"b": 1.0})

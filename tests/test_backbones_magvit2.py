@@ -304,9 +304,11 @@ def autoencoder(k: int, weights: dict, objective: BaselineObjective | None = Non
 @pytest.mark.parametrize("name", ["k4", "k8", "k16", "k32", "k16_wide", "k32_wide"])
 def test_experiments_have_the_papers_layouts(name):
     config, k = load(f"magvit2_{name}"), int(name.removesuffix("_wide")[1:])
-    expected = widened(layout(k)) if name.endswith("_wide") else layout(k)
+    chunk = 33 if k == 32 else 17
+    expected = widened(layout(k, chunk=chunk)) if name.endswith("_wide") else layout(k, chunk=chunk)
     assert config.decoder.magvit2 == expected
-    assert (config.space.channels, config.space.stride_t, config.space.stride_hw) == (8, k, 8)
+    assert config.space == LearnedConfig(channels=8, stride_t=k, stride_hw=8, chunk=chunk)
+    assert Learned(config.space).latent_frames(chunk) == {4: 5, 8: 3, 16: 2, 32: 2}[k]
     assert config.data.train["video_192"].num_frames == (33 if k == 32 else 17)
 
 

@@ -21,7 +21,7 @@ from datamodules.procedural import draw_frames
 from datamodules.stills import tell_fit
 from decoders.base import key_seed
 from decoders.latent_spaces.dct import DCT, DCTConfig
-from experiments import decode
+from experiments import decode, reconstruct
 from experiments.callbacks import to_uint8
 from experiments.checkpoints import save_weights
 from experiments.compose import ConfigError
@@ -241,6 +241,70 @@ def test_every_family_decodes(debug_name, folder, tmp_path, monkeypatch):
         save_latent(folder / f"{name}.safetensors", saved, space=space.fingerprint, height=32, width=48, fps=16)
     assert decode.main([debug_name, f"in={folder}", f"out={tmp_path / 'videos'}"]) == 0
     assert frames_of(tmp_path / "videos" / "more" / "b.mp4").shape == (space.pixel_frames(n), 32, 48, 3)
+
+
+# ---- times
+
+
+@pytest.fixture
+def regen(tmp_path, monkeypatch) -> Path:
+    """Two latents of ten frames, and a decoder of them that takes times, with random weights as a run keeps them."""
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
+    decoder = build_decoder(load("regen_debug"), build_space(load("regen_debug")))
+    torch.nn.init.xavier_uniform_(decoder.model.dit.final.weight)
+    weights = {**decoder.inference_parameters(), **decoder.inference_buffers()}
+    space = decoder.latent_space.fingerprint
+    save_weights(run_dir("regen_debug") / "weights-ema.safetensors", weights, {"latent_space": space, "step": "0"})
+    (tmp_path / "chunks").mkdir()
+    for i, name in enumerate(("a", "b")):
+        saved = latent(i, 4, 4, y=4, x=6)
+        save_latent(
+            tmp_path / "chunks" / f"{name}.safetensors", saved, space=space, height=32, width=48, fps=16, seed=i
+        )
+    return tmp_path / "chunks"
+
+
+def test_frames_are_decoded_at_the_times_that_are_asked_for(regen, tmp_path):
+    whole, some, all_times = (tmp_path / name for name in ("whole", "some", "all"))
+    command = ["regen_debug", f"in={regen}", "crf=0"]
+    assert decode.main([*command, f"out={whole}"]) == 0
+    assert decode.main([*command, f"out={all_times}", "times=[0,1,2,3,4,5,6,7,8,9]"]) == 0
+    assert decode.main([*command, f"out={some}", "times=[1.5, 3, -1]"]) == 0
+    for name in ("a", "b"):
+        assert np.array_equal(frames_of(whole / f"{name}.mp4"), frames_of(all_times / f"{name}.mp4"))
+        assert frames_of(some / f"{name}.mp4").shape == (3, 32, 48, 3)
+    decoder, _ = decode.load_decoder("regen_debug", (), None, "cpu")
+    expected = decoder.decode(latent(0, 4, 4)[None], times=[1.5, 3, -1], generator=torch.Generator().manual_seed(0))
+    found = frames_of(some / "a.mp4").astype(int)
+    assert np.abs(found.mean((1, 2)) - to_uint8(expected[0]).numpy().mean((1, 2))).max() < 2.5
+    assert "3 frames of 32x48 at times -1 to 3, 16 fps" in report(some)["a"]["detail"]
+
+
+def test_times_far_outside_are_warned_of(regen, tmp_path):
+    with pytest.warns(UserWarning, match="go more than 4 frames outside the clip of 0 to 9"):
+        assert decode.main(["regen_debug", f"in={regen}", f"out={tmp_path / 'far'}", "times=[0,30]"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ("[]", "times must be one or more finite numbers"),
+        ("[0,.nan]", "times must be one or more finite numbers"),
+        ("3", "^times: "),
+        ("[0,soon]", r"^times\[1\]: "),
+        ("[0", "close its brackets"),
+    ],
+)
+def test_times_that_are_none_are_refused(times, message):
+    with pytest.raises(ConfigError, match=message):
+        decode.main(["regen_debug", "in=.", "out=y", f"times={times}"])
+
+
+def test_other_families_have_no_times(folder, tmp_path):
+    with pytest.raises(ConfigError, match="times: FlashDecoder decodes the frames that were encoded and no others"):
+        command(folder, tmp_path / "videos", "times=[0,0.5]")
+    with pytest.raises(ConfigError, match="make decode takes times"):
+        reconstruct.main([NAME, "in=x", "out=y", "times=[0]"])
 
 
 # ---- what a decoder is given

@@ -1,6 +1,7 @@
 """REGEN's validation: which frames are scored, what it is held against, and that its baseline is measured alike."""
 
 import csv
+import hashlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ import torch
 from regen_small import K, clip, generator, made
 
 from decoders.regen import controls
+from decoders.regen.interpolator import Interpolator
 from decoders.regen.module import Regen
+from experiments.compose import ConfigError
 from experiments.config import build_space, load
 from experiments.train import train
 
@@ -47,6 +50,87 @@ def test_the_average_of_neighbours_is_right_on_a_line() -> None:
     scored = torch.tensor([[bool(i % 2) for i in range(9)]])
     torch.testing.assert_close(controls._averaged({"video": video, "supervised": scored, "key": ["a"]}), video)
     assert controls._averaged({"video": video, "key": ["a"]}) is None
+
+
+class Blend(torch.nn.Module):
+    """FILM's call. Gives the frames' mixture in [0, 1], of a kind that tells x0 from x1, and refuses what FILM refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.tensor(0.75))
+
+    def forward(self, x0: torch.Tensor, x1: torch.Tensor, dt: torch.Tensor) -> torch.Tensor:
+        assert x0.shape[2] % 64 == 0 and x0.shape[3] % 64 == 0 and float(x0.min()) >= 0.0 and float(x1.max()) <= 1.0
+        assert dt.shape[0] == x0.shape[0] and dt.shape[1] == 1 and bool((dt == 0.5).all())
+        return self.share * x0 + (1 - self.share) * x1
+
+
+class Two(torch.nn.Module):
+    def forward(self, x0: torch.Tensor, x1: torch.Tensor) -> torch.Tensor:
+        return x0 + x1
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """Files of an interpolator, of one with another call, and of nothing."""
+    folder = tmp_path_factory.mktemp("interpolators")
+    torch.jit.script(Blend()).save(str(folder / "blend.pt"))
+    torch.jit.script(Two()).save(str(folder / "two.pt"))
+    torch.save({"a": torch.zeros(1)}, folder / "weights.pt")
+    return folder
+
+
+def test_an_interpolator_is_called_as_film_is(network) -> None:
+    video = torch.rand(2, 3, 5, 48, 72, generator=generator(0)) * 2 - 1
+    interpolator = Interpolator(str(network / "blend.pt"))
+    with torch.autocast("cpu", torch.bfloat16):
+        shown = interpolator(video)
+    expected = video.clone()
+    expected[:, :, 1::2] = 0.75 * video[:, :, :-1:2] + 0.25 * video[:, :, 2::2]
+    torch.testing.assert_close(shown, expected, atol=1e-6, rtol=0)
+    assert torch.equal(shown[:, :, ::2], video[:, :, ::2])
+    digest = hashlib.sha256((network / "blend.pt").read_bytes()).hexdigest()
+    assert (interpolator.name, interpolator.protocol["sha256"]) == ("interpolator blend.pt", digest)
+
+
+def test_an_interpolator_is_a_row_of_what_is_interpolated_and_in_its_protocol(network, runs_root) -> None:
+    overrides = [
+        "trainer.max_steps=1", "trainer.progress_bar=false", "validation.metrics=[psnr]", "validation.num_shown=0",
+        "objective.compare_steps=[]", "objective.tasks={between: interpolate}", f"objective.interpolator={network}/blend.pt",
+        "data.val.between={sources: [unseen], size: [32, 48], num_frames: 9, batch_size: 2}",
+    ]  # fmt: skip
+    folder = train(load("regen_debug", overrides), "regen_debug", overrides)
+    result = json.loads((folder / "evaluation" / "result.json").read_text())
+    rows = {(mean["stream"], mean["method"]): mean["scores"]["psnr"] for mean in result["means"]}
+    assert [stream for stream, method in rows if method == "interpolator blend.pt"] == ["between"]
+    assert rows["between", "interpolator blend.pt"] != rows["between", "average of the frames beside"]
+    decoding = {
+        stream: result["protocols"][f"{stream}/psnr"]["definition"]["decoding"] for stream in ("between", "unseen")
+    }
+    digest = hashlib.sha256((network / "blend.pt").read_bytes()).hexdigest()
+    assert decoding["between"]["interpolator"]["sha256"] == digest and "interpolator" not in decoding["unseen"]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("nowhere.pt", "there is no such file"),
+        ("two.pt", r"takes \(x0: Tensor, x1: Tensor\), not the tensors"),
+        ("weights.pt", "is no TorchScript file"),
+    ],
+)
+def test_an_interpolator_that_cannot_be_used_is_told_before_any_step(
+    file: str, message: str, network, runs_root
+) -> None:
+    overrides = [
+        "objective.tasks={between: interpolate}", f"objective.interpolator={network}/{file}",
+        "data.val.between={sources: [unseen], size: [32, 48], num_frames: 9, batch_size: 2}", "trainer.progress_bar=false",
+    ]  # fmt: skip
+    with pytest.raises((ConfigError, ValueError), match=message):
+        train(load("regen_debug", overrides), "regen_debug", overrides)
+    assert not list(runs_root.rglob("*.ckpt"))
+    with pytest.raises(ConfigError, match="no stream of objective.tasks is interpolated"):
+        load("regen_debug", overrides[1:2])
 
 
 @pytest.mark.parametrize("name", ["regen_debug", "regen_space_debug"])
@@ -112,7 +196,8 @@ def test_one_film_cannot_be_shuffled(monkeypatch) -> None:
 
 @pytest.mark.parametrize("k", [4, 8, 16, 32])
 def test_regen_and_its_baseline_are_measured_on_the_same_frames(k: int) -> None:
-    runs = [load(f"{family}_k{k}") for family in ("regen", "magvit2")]
+    sets = ["mcl_jcv_256", "mcl_jcv_512", "davis_256", "davis_512", "davis_192", "davis_384"]
+    runs = [load(f"{family}_k{k}", sets=sets) for family in ("regen", "magvit2")]
     for split in ("val", "sets"):
         ours, theirs = (getattr(run.data, split) for run in runs)
         assert {name: replace(stream, extend=(0, 0)) for name, stream in ours.items()} == theirs and theirs
@@ -120,7 +205,8 @@ def test_regen_and_its_baseline_are_measured_on_the_same_frames(k: int) -> None:
     for run in runs:
         space = build_space(run)
         for stream in (*run.data.val.values(), *run.data.sets.values()):
-            space.check(stream.total_frames, *stream.size)
+            frames = stream.total_frames if run.pad == "error" else space.padded_frames(stream.total_frames)
+            space.check(frames, *stream.size)
             assert stream.extend[0] == 0 and stream.extend[1] < k
 
 

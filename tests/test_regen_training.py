@@ -1,20 +1,24 @@
 """REGEN's objective: what is cut from a clip, tasks that move, statistics, and what validation measures."""
 
 import re
+from itertools import islice
 
 import pytest
 import torch
+from lightning import Callback
 from regen_small import clip, generator, made
 
 from datamodules.batch import VideoBatch
+from decoders.ema import Ema
 from decoders.latent_spaces.dct import DCT, DCTConfig
-from decoders.regen.module import Regen, RegenObjective
+from decoders.regen.module import MEASURED_STEPS, Regen, RegenObjective
 from decoders.regen.moments import Moments
 from decoders.regen.targets import draw_task, draw_wanted, needed_frames
-from decoders.training import TrainingConfig
+from decoders.training import EmaConfig, TrainingConfig
+from experiments.checkpoints import load_weights
 from experiments.compose import ConfigError
 from experiments.config import load
-from experiments.train import build, train
+from experiments.train import build, build_data, train
 
 TASKS = ("reconstruct", "interpolate", "extrapolate")
 K = 4
@@ -251,8 +255,6 @@ def test_the_last_step_freezes_statistics_that_change_no_picture(runs_root) -> N
     overrides = ["trainer.max_steps=4", "trainer.progress_bar=false", "trainer.val_every_steps=4"]
     experiment = load("regen_debug", overrides)
     folder = train(experiment, "regen_debug", overrides)
-    from experiments.checkpoints import load_weights
-
     decoder = build(experiment)
     load_weights(decoder, folder / "weights-last.safetensors")
     assert (decoder.model.latent_mean != 0).all() and (decoder.model.latent_std != 1).all()
@@ -261,6 +263,88 @@ def test_the_last_step_freezes_statistics_that_change_no_picture(runs_root) -> N
     decoder.model.latent_mean.zero_()
     decoder.model.latent_std.fill_(1.0)
     torch.testing.assert_close(decoder.decode(decoder.encode(batch), generator=generator(1)), shown, atol=1e-4, rtol=0)
+
+
+def averaged_elsewhere(*overrides: str) -> Regen:
+    """A decoder whose averaged encoder gives latents that lie 5 above its own."""
+    decoder = made(*overrides)
+    decoder.ema = Ema(decoder.inference_parameters(), EmaConfig(decay=0.99, warmup_steps=0))
+    last = [name for name in decoder.ema.average if name.startswith("encoder.") and name.endswith("bias")][-1]
+    decoder.ema.average[last][:4] += 5.0  # the means, where there are log-variances too
+    return decoder
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_statistics_are_of_the_averaged_encoder_where_there_is_one(variational: bool) -> None:
+    more = ["objective.variational=true", "loss_weights.kl=1e-6"] if variational else []
+    still = ["objective.interpolation=0.0", "objective.extrapolation=0.0"]
+    decoder = averaged_elsewhere(*still, *more)
+    batch = clip(K + 1)
+    decoder.losses(batch)
+    mean, _ = decoder.moments.over_ranks()
+    own = decoder.encode(batch["video"]).transpose(0, 1).flatten(1).mean(1)
+    with decoder.ema_weights():
+        averaged = decoder.encode(batch["video"]).transpose(0, 1).flatten(1).mean(1)
+    torch.testing.assert_close(averaged - own, torch.full((4,), 5.0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(mean, averaged, atol=0.3 if variational else 1e-4, rtol=0)
+
+
+def test_the_average_is_measured_only_towards_the_end_and_without_gradients(monkeypatch) -> None:
+    decoder, calls = averaged_elsewhere(), []
+    forward = decoder.encoder.forward
+    monkeypatch.setattr(
+        decoder.encoder, "forward", lambda video: calls.append(torch.is_grad_enabled()) or forward(video)
+    )
+    for steps, used, measured in (
+        (MEASURED_STEPS, None, True),
+        (MEASURED_STEPS + 1, None, False),
+        (10**6, 0.79, False),
+        (10**6, 0.81, True),
+    ):
+        decoder.training_config.max_steps = steps
+        decoder.progress = None if used is None else lambda used=used: used
+        calls.clear()
+        decoder.losses(clip(2 * K + 1))["diffusion"].backward()
+        assert calls == [True, False] if measured else calls == [True]
+    decoder.objective.freeze_statistics = False
+    calls.clear()
+    decoder.losses(clip(2 * K + 1))
+    assert calls == [True]
+
+
+class Clock(Callback):
+    """A time that is used up after 24 steps, whatever the machine."""
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        pl_module.progress = lambda: trainer.global_step / 24
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        trainer.should_stop = trainer.global_step >= 24
+
+
+@pytest.mark.parametrize("ended_by", ["steps", "time"])
+def test_exported_latents_are_normalised_by_what_the_averaged_weights_give(ended_by: str, runs_root) -> None:
+    """With an average that stays where training began: its latents have mean 0 and std 1, those of the last weights not."""
+    overrides = [
+        "trainer.max_steps=24",
+        "trainer.progress_bar=false",
+        "trainer.val_every_steps=100000",
+        "optim.lr=3e-2",
+    ]
+    overrides += ["validation.references=false", "validation.num_shown=0", "ema={decay: 0.999999, warmup_steps: 0}"]
+    overrides += ["trainer.max_steps=100000"] if ended_by == "time" else []
+    experiment = load("regen_debug", overrides)
+    folder = train(experiment, "regen_debug", overrides, [Clock()] if ended_by == "time" else [])
+    decoder, data = build(experiment), build_data(experiment, None)
+    data.prepare_data()
+    data.setup("fit")
+    videos = [batch["video"][:, :, : K + 1] for batch in islice(data.train_dataloader(), 24)]
+    off = {}
+    for kind in ("ema", "last"):
+        load_weights(decoder, folder / f"weights-{kind}.safetensors")
+        latent = torch.cat([decoder.encode(video).transpose(0, 1).flatten(1) for video in videos], 1)
+        off[kind] = (latent.mean(1).square() + (latent.std(1) - 1).square()).mean().sqrt().item()
+    assert off["ema"] < 0.3 < 0.6 < off["last"], off
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ The encoder is REGEN's own; with the decoder, its mirror image, it is the baseli
 weights of either are public. What the paper leaves open is marked here as ours.
 
 A video is encoded and decoded in two parts, the first frame and the rest, which sees the first. Its first latent frame
-is then the latent of that frame as an image, bit for bit.
+is then the latent of that frame as an image, bit for bit. With ``chunk`` this starts anew after every so many frames, and
+nothing passes from one chunk to the next.
 """
 
 from collections.abc import Collection
@@ -25,7 +26,7 @@ from decoders.backbones.magvit2_layers import (
     Upsample,
     initialise,
 )
-from decoders.backbones.staged import StagedDecoder, StagedEncoder
+from decoders.backbones.staged import ConvStream, StagedDecoder, StagedEncoder
 from decoders.layers.causal_conv import Chain, Past
 
 # Multipliers and strides for k frames per latent frame. The multipliers are the paper's (B.3). The strides are ours: space
@@ -52,6 +53,7 @@ class Magvit2Config:
     decoder_channels: int | None = None  # the decoder's width, where it differs (the paper's widened decoder)
     late: bool = False  # the decoder enlarges just before its last stage, not along the way (the paper's k = 32)
     checkpointing: bool = False  # recompute blocks in the backward pass
+    chunk: int | None = None  # frames after which coding starts anew (the paper's 17, and 33 for k = 32); null: never
 
     def __post_init__(self) -> None:
         self.multipliers, self.strides = list(self.multipliers), [str(stride) for stride in self.strides]
@@ -68,6 +70,17 @@ class Magvit2Config:
         for stride in self.strides:
             if len(stride) != 3 or set(stride) - {"1", "2"} or stride[1] != stride[2]:
                 raise ValueError(f"magvit2: stride {stride!r} is none of 111, 122, 211 and 222 (frames, rows, columns)")
+
+        if self.chunk is not None and (self.chunk < 1 or (self.chunk - 1) % self.stride_t):
+            raise ValueError(
+                f"magvit2: a chunk of {self.chunk} frames; the strides make {self.stride_t} frames a latent frame, so it has 1 + a "
+                f"multiple of {self.stride_t}"
+            )
+
+    @property
+    def chunk_latents(self) -> int | None:
+        """Latent frames of a chunk."""
+        return None if self.chunk is None else 1 + (self.chunk - 1) // self.stride_t
 
     @property
     def steps(self) -> list[Stride]:
@@ -124,7 +137,8 @@ def num_parameters(config: Magvit2Config) -> int:
 class Magvit2Encoder(StagedEncoder):
     """RGB in [-1, 1] "b 3 t h w", t = 1 + a multiple of k, to latents "b c n y x", n = 1 + (t - 1) / k, not normalised.
 
-    The first latent frame depends on the first frame only. Stages: conv_in, down0 ..., out.
+    The first latent frame depends on the first frame only. Stages: conv_in, down0 ..., out. With ``config.chunk`` a video is
+    chunks of so many frames, the last perhaps shorter, each coded as if it were the whole.
 
     Args:
         variational: give the mean and the log-variance of a posterior, not a latent alone.
@@ -147,7 +161,7 @@ class Magvit2Encoder(StagedEncoder):
         self.set_checkpointing(config.checkpointing)
 
     def forward(self, video: Float[Tensor, "b 3 t h w"]) -> tuple[Tensor, Tensor | None]:
-        """Mean and log-variance (None where not ``variational``) of the whole clip, in two calls of the network.
+        """Mean and log-variance (None where not ``variational``) of the whole clip, in two calls of the network per chunk.
 
         Raises:
             ValueError: a length or size that strides do not divide; names the nearest.
@@ -161,15 +175,18 @@ class Magvit2Encoder(StagedEncoder):
 
     def _moments(self, video: Tensor, frames: int) -> tuple[Tensor, Tensor | None]:
         self._check(*video.shape[2:])
-        mean = self.run_in_chunks(video, frames)
+        chunks = video.split(self.config.chunk or video.shape[2], dim=2)
+        mean = torch.cat([self.run_in_chunks(chunk, frames) for chunk in chunks], 2)
         return tuple(mean.chunk(2, dim=1)) if self.variational else (mean, None)
 
     def _check(self, t: int, h: int, w: int) -> None:
-        k, s = self.config.stride_t, self.config.stride_hw
-        if t < 1 or (t - 1) % k:
-            below = 1 + max(t - 1, 0) // k * k
+        k, s, chunk = self.config.stride_t, self.config.stride_hw, self.config.chunk
+        start = 0 if chunk is None else t // chunk * chunk  # of the last chunk, which may be shorter
+        if t < 1 or (t > start and (t - start - 1) % k):
+            below = start + 1 + max(t - start - 1, 0) // k * k
+            rule = "" if chunk is None else f" after chunks of {chunk}"
             raise ValueError(
-                f"{t} frames: this encoder takes 1 or 1 + a multiple of {k}; the nearest are {below} and {below + k}"
+                f"{t} frames: this encoder takes 1 or 1 + a multiple of {k}{rule}; the nearest are {below} and {below + k}"
             )
         if h < s or w < s or h % s or w % s:
             below, above = ((max(h // s, 1) * s, max(w // s, 1) * s), (max(-(-h // s), 1) * s, max(-(-w // s), 1) * s))
@@ -180,7 +197,7 @@ class Magvit2Encoder(StagedEncoder):
 
 
 class Magvit2Decoder(StagedDecoder):
-    """Normalised latents "b c n y x" to RGB "b 3 1+(n-1)*k h w": the encoder's stages backwards.
+    """Normalised latents "b c n y x" to RGB "b 3 1+(n-1)*k h w": the encoder's stages backwards, chunk by chunk.
 
     Stages: conv_in, up<last> ... up0, out. Every stage enlarges, then has its blocks; ``late`` enlarges all at once before
     up0, in a stage of its own.
@@ -214,10 +231,21 @@ class Magvit2Decoder(StagedDecoder):
     def run(
         self, x: Tensor, past: Past, first: bool, taps: Collection[str] = (), stages: Collection[str] | None = None
     ) -> tuple[Tensor, dict[str, Past], dict[str, Tensor]]:
-        """As in the base; what begins a video goes in two parts, its first frame and the rest."""
+        """As in the base; what begins a video or a chunk goes in two parts, its first frame and the rest."""
+        if first and x.shape[2] > (whole := self.config.chunk_latents or x.shape[2]):
+            runs = [self.run(part, None, True, taps, stages) for part in x.split(whole, dim=2)]
+            features = {name: torch.cat([own[name] for _, _, own in runs], 2) for name in runs[0][2]}
+            return torch.cat([video for video, _, _ in runs], 2), runs[-1][1], features
         if not first or x.shape[2] == 1:
             return super().run(x, past, first, taps, stages)
         head, past, head_features = super().run(x[:, :, :1], None, True, taps, stages)
         rest, past, features = super().run(x[:, :, 1:], past, False, taps, stages)
         both = {name: torch.cat([head_features[name], features[name]], 2) for name in features}
         return torch.cat([head, rest], 2), past, both
+
+    @torch.no_grad()
+    def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: ConvStream) -> Float[Tensor, "b 3 k h w"]:
+        """As in the base; at the first latent frame of a chunk what was remembered is forgotten."""
+        if self.config.chunk_latents is not None and state.steps % self.config.chunk_latents == 0:
+            state.past, state.started = None, False
+        return super().step_stream(latent_frame, state)

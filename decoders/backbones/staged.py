@@ -25,6 +25,7 @@ class ConvStream:
     width: int
     past: Past = None
     started: bool = False
+    steps: int = 0  # latent frames that were decoded
     ended: bool = field(default=False, repr=False)
 
     def num_bytes(self) -> int:
@@ -141,6 +142,7 @@ class StagedDecoder(nn.Module):
         x = self.denormalise(latent_frame.unsqueeze(2))
         x, state.past, _ = self.run(x, state.past, not state.started)
         state.started = True
+        state.steps += 1
         return self.finish(x)[..., : state.height, : state.width].clamp(-1, 1)
 
     def end_stream(self, state: ConvStream) -> Float[Tensor, "b 3 0 h w"]:

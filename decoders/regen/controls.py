@@ -32,6 +32,10 @@ def methods(decoder: "Regen") -> dict[str, Method]:
     if "first frame repeated" in objective.controls:
         found["repeated frames"] = lambda batch: _repeated(decoder, batch)
         found["average of the frames beside"] = _averaged
+    if decoder.interpolator is not None:
+        found[decoder.interpolator.name] = lambda batch: (
+            decoder.interpolator(batch["video"]) if _between(batch) else None
+        )
     return found
 
 
@@ -83,9 +87,15 @@ def _repeated(decoder: "Regen", batch: VideoBatch) -> Tensor:
     return video[:, :, frames]
 
 
+def _between(batch: VideoBatch) -> bool:
+    """Whether every second frame was encoded, and those between are scored."""
+    t = batch["video"].shape[2]
+    return "supervised" in batch and batch["supervised"][0].tolist() == [bool(i % 2) for i in range(t)]
+
+
 def _averaged(batch: VideoBatch) -> Tensor | None:
     """The mean of the true frames before and after, where every second frame was encoded."""
     video, t = batch["video"], batch["video"].shape[2]
-    if "supervised" not in batch or batch["supervised"][0].tolist() != [bool(i % 2) for i in range(t)]:
+    if not _between(batch):
         return None
     return torch.stack([video[:, :, i] if i % 2 == 0 else video[:, :, [i - 1, i + 1]].mean(2) for i in range(t)], dim=2)

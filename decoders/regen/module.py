@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.func import functional_call
 
 from datamodules.batch import VideoBatch, batch_size, counted
 from decoders.backbones.magvit2 import Magvit2Encoder
@@ -18,6 +19,7 @@ from decoders.latent_spaces.base import LatentSpace
 from decoders.latent_spaces.chunked import Chunked
 from decoders.latent_spaces.learned import draw
 from decoders.regen import controls
+from decoders.regen.interpolator import Interpolator
 from decoders.regen.model import RegenConfig, RegenDecoder
 from decoders.regen.moments import Moments
 from decoders.regen.objective import RegenObjective, encoded_frames_of
@@ -27,6 +29,8 @@ from decoders.training import TrainingConfig
 from losses import flow
 from losses.kl import LOG_VARIANCE_RANGE, kl_to_standard_normal
 
+MEASURED_STEPS = 300  # at the end of training: the latents of the averaged encoder (EMA) are measured in so many
+MEASURED_SHARE = 0.2  # and where time ends the run, in this share of it, the last half of which may be the end
 TIMES = "times"  # in a batch of validation: when the frames that are asked for are, in frames of what was encoded
 
 
@@ -56,7 +60,13 @@ class Regen(VideoDecoder):
         self.model = self.build_model(config, latent_space)
         self.encoder = None if config.encoder is None else Magvit2Encoder(config.encoder, objective.variational)
         self.moments = Moments(latent_space.channels)
+        self.interpolator = Interpolator(objective.interpolator) if objective.interpolator else None
         self._task: Task = "reconstruct"
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.interpolator is not None:  # what is wrong with the file is told before any step
+            self.interpolator.load()
 
     @staticmethod
     def build_model(config: RegenConfig, space: LatentSpace) -> RegenDecoder:
@@ -154,11 +164,31 @@ class Regen(VideoDecoder):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        last = self.global_step + 1 >= self.training_config.max_steps  # Lightning counts this step only once we return
-        if last and self.encoder is not None and self.objective.freeze_statistics:
+        # Lightning counts this step only once we return. Where time ends the run, this may be the last step or not: frozen
+        # again, statistics change no picture.
+        if self.encoder is not None and self.objective.freeze_statistics and self._ends_within(1, MEASURED_SHARE / 2):
             mean, std = self.moments.over_ranks()
             self.model.latent_mean.copy_(mean)
             self.model.latent_std.copy_(std)
+
+    def _ends_within(self, steps: int, share: float) -> bool:
+        """Whether this step is one of the last, by number or, where time ends the run, by time; the same on all ranks."""
+        by_time = self.progress is not None and self.progress() >= 1 - share
+        return by_time or self.global_step + steps >= self.training_config.max_steps
+
+    def _measure(self, clip: Tensor, latent: Tensor) -> None:
+        """Take the moments of ``latent``, or where the run keeps an average of its weights, which is what it is used with, of
+        what the averaged encoder makes of ``clip``: once more through the encoder, so only towards the end."""
+        if self.ema is None:
+            self.moments.update(latent)
+        elif self.objective.freeze_statistics and self._ends_within(MEASURED_STEPS, MEASURED_SHARE):
+            own = {name.removeprefix("encoder."): value for name, value in self.ema.average.items()}
+            averaged = {name: own[name] for name, _ in self.encoder.named_parameters()}
+            with torch.no_grad(), torch.autocast(clip.device.type, enabled=False):
+                mean, log_variance = functional_call(self.encoder, averaged, (clip,))
+            if log_variance is not None:
+                mean = draw(mean, log_variance.float().clamp(*LOG_VARIANCE_RANGE), self._step_generator(2))
+            self.moments.update(mean)
 
     # ---- objective
 
@@ -208,7 +238,7 @@ class Regen(VideoDecoder):
             found["kl"] = kl_to_standard_normal(latent, log_variance)
             latent = draw(latent, log_variance.float().clamp(*LOG_VARIANCE_RANGE), self._step_generator(2))
         if self.training:
-            self.moments.update(latent)
+            self._measure(clip, latent)
         return self._normalise(latent), [[start + i for i in wanted.frames]], found
 
     def _cut_pairs(
@@ -287,8 +317,11 @@ class Regen(VideoDecoder):
         return {"times": batch[TIMES]} if TIMES in batch else {}
 
     def decoding(self, stream: str) -> dict[str, Any]:
-        chosen = {"steps": self.objective.steps, "extension": self.objective.extension}
-        return chosen | {"task": self.objective.tasks.get(stream, "reconstruct")}
+        task = self.objective.tasks.get(stream, "reconstruct")
+        chosen = {"steps": self.objective.steps, "extension": self.objective.extension, "task": task}
+        if self.interpolator is not None and task == "interpolate":
+            chosen["interpolator"] = self.interpolator.protocol
+        return chosen
 
     def own_references(self) -> dict[str, Method]:
         """Other numbers of steps, other noise, latents of other clips, and what needs no decoder."""
@@ -338,6 +371,11 @@ def _check_space(config: RegenConfig, space: LatentSpace) -> None:
         raise ValueError(
             f"decoder.encoder is set over the frozen {space.name} space; set latent_space to "
             "decoders.latent_spaces.chunked.Chunked, or decoder.encoder to null"
+        )
+    if config.encoder.chunk is not None:
+        raise ValueError(
+            f"decoder.encoder.chunk={config.encoder.chunk} is a setting of the baseline: REGEN's chunks are the space's, of "
+            f"{space.chunk} frames; leave it out"
         )
     shape = (config.encoder.latent_channels, config.encoder.stride_t, config.encoder.stride_hw)
     if shape != (space.channels, space.stride_t, space.stride_hw):

@@ -30,6 +30,7 @@ class RegenObjective:
     compare_seeds: int = 0  # and so many other draws of the noise
     compare_extension: bool = False  # and latent extension, with the largest of compare_steps
     controls: list[str] = field(default_factory=lambda: list(CONTROLS))
+    interpolator: str | None = None  # a TorchScript file, see interpolator.py: scored on streams that are interpolated
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.at_one <= 1.0:
@@ -44,6 +45,11 @@ class RegenObjective:
         for stream, task in self.tasks.items():
             if task not in ("reconstruct", "interpolate", "extrapolate"):
                 raise ValueError(f"objective.tasks.{stream}={task}: there are reconstruct, interpolate, extrapolate")
+        if self.interpolator is not None and "interpolate" not in self.tasks.values():
+            raise ValueError(
+                f"objective.interpolator={self.interpolator}: no stream of objective.tasks is interpolated, so it would be asked "
+                "for nothing; set objective.tasks.NAME=interpolate, or leave it out"
+            )
         for step in self._turns():
             if sum(self.probabilities(step)) > 1.0 + 1e-9:
                 raise ValueError(f"objective.interpolation and extrapolation are more than 1 together at step {step}")

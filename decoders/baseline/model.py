@@ -3,7 +3,7 @@
 ``build_decoder`` and ``build_encoder`` make our own Wan backbone (``decoders/backbones/wan.py``) in any width, or
 MAGVIT-v2's (``decoders/backbones/magvit2.py``), the baseline of REGEN's paper.
 ``DiffusersDecoder`` is a diffusers autoencoder's decoder as a plain module: whole clip and, for Wan, one latent frame at
-a time.
+a time. ``own_decoder`` is the one that belongs to a latent space, whatever kind that is (``backbone: space``).
 
 ``DiffusersDecoder.from_folder`` takes released weights. ``DiffusersDecoder.random`` has the layout of a release with
 random weights, which is all that measuring speed and memory needs. The encoder is dropped, so that parameters and
@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from decoders.backbones.magvit2 import Magvit2Config, Magvit2Decoder, Magvit2Encoder
 from decoders.backbones.wan import WanConfig, WanDecoder, WanEncoder
-from decoders.latent_spaces.diffusers import decode_clips, latent_statistics, load_vae
+from decoders.latent_spaces.base import LatentSpace
+from decoders.latent_spaces.diffusers import (
+    DiffusersVAE,
+    decode_clips,
+    empty_vae,
+    for_frames,
+    latent_statistics,
+    load_vae,
+)
 from decoders.latent_spaces.diffusers_files import VAELayout, find_folder, read_layout
 
 # What the config.json of each release says beyond diffusers' defaults, which are those of Wan 2.1. The statistics of
@@ -50,6 +58,18 @@ LAYOUTS = {
 START_LOG_VARIANCE = -6.0
 
 
+# Why a decoder other than Wan's has no stream.
+NO_STREAM = {
+    "ltx": "its convolutions look at future latent frames",
+    "ltx2": "its convolutions look at future latent frames, or, where they are causal, diffusers keeps no state between calls",
+    "hunyuanvideo": "diffusers decodes it in overlapping pieces of latent frames, with attention over each",
+    "hunyuanvideo15": "diffusers decodes it whole, with attention over all latent frames",
+    "cosmos": "diffusers decodes it whole, with attention over all latent frames",
+    "cogvideox": "diffusers decodes two latent frames at a time and the odd one first, which takes the clip's length",
+    "mochi": "diffusers drops frames at the start of a whole clip, and keeps no state between calls",
+    "vidtok": "diffusers decodes it whole and keeps no state between calls",
+}
+
 # What both backbones read; the other settings are Wan's.
 COMMON = {"backbone", "magvit2", "train_encoder", "mean", "std", "checkpointing"}
 
@@ -58,7 +78,7 @@ COMMON = {"backbone", "magvit2", "train_encoder", "mean", "std", "checkpointing"
 class BaselineConfig:
     """The layout of an autoencoder; its channels and strides are the latent space's. The defaults are Wan 2.1's."""
 
-    backbone: Literal["wan", "magvit2"] = "wan"
+    backbone: Literal["wan", "magvit2", "space"] = "wan"  # space: the latent space's own decoder, as it is; not trained
     magvit2: Magvit2Config | None = (
         None  # the layout with backbone: magvit2, which takes dim ... patch from here instead
     )
@@ -83,6 +103,8 @@ class BaselineConfig:
                 "decoder.start=linear makes encoder and decoder together: it needs decoder.train_encoder=true"
             )
         self._check_backbone()
+        if self.backbone == "space":
+            return
         self.layout(1, 1, self.patch * 2 ** (len(self.dim_mult) - 1))  # refuses what no space can save
 
     def _check_backbone(self) -> None:
@@ -91,11 +113,19 @@ class BaselineConfig:
             if self.magvit2 is not None:
                 raise ValueError("decoder.magvit2 is set, but decoder.backbone is wan; set decoder.backbone=magvit2")
             return
+        wan = BaselineConfig()
+        changed = [entry.name for entry in fields(self) if getattr(self, entry.name) != getattr(wan, entry.name)]
+        if self.backbone == "space":
+            if odd := [name for name in changed if name != "backbone"]:
+                raise ValueError(
+                    f"decoder.{odd[0]} is a setting of a decoder that is trained; decoder.backbone=space takes the space's own as it "
+                    "is, so leave it out"
+                )
+            return
         if self.magvit2 is None:
             raise ValueError("decoder.backbone=magvit2 needs decoder.magvit2: its multipliers, strides and widths")
-        wan = BaselineConfig()
-        for name in (entry.name for entry in fields(self) if entry.name not in COMMON):
-            if getattr(self, name) != getattr(wan, name):
+        for name in changed:
+            if name not in COMMON:
                 raise ValueError(f"decoder.{name} is a setting of the backbone wan; with magvit2 use decoder.magvit2")
         if self.magvit2.checkpointing:
             raise ValueError("decoder.magvit2.checkpointing: set decoder.checkpointing, which covers both halves")
@@ -177,6 +207,9 @@ def build_encoder(config: BaselineConfig, channels: int, stride_t: int, stride_h
 class WanStream:
     """What a Wan decoder keeps between latent frames: up to two past frames for each causal convolution."""
 
+    batch_size: int
+    height: int
+    width: int
     num_frames: int = 0
     past: list[Any] = field(default_factory=list)
 
@@ -186,20 +219,21 @@ class DiffusersDecoder(nn.Module):
 
     Attributes:
         layout: channels and strides.
-        can_stream: whether :meth:`start_stream` works. LTX's released decoder looks at future latents, so it cannot.
+        can_stream: whether :meth:`start_stream` works: for Wan alone, see ``NO_STREAM``.
     """
 
     def __init__(self, vae: nn.Module, layout: VAELayout):
         super().__init__()
         self.layout = layout
         self.can_stream = layout.kind == "wan"
-        mean, std = latent_statistics(vae, layout)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-        self.vae = vae
-        for encoding in ("encoder", "quant_conv"):
-            if hasattr(vae, encoding):
-                setattr(vae, encoding, None)
+        for name in ("mean", "std"):
+            self.register_buffer(name, None, persistent=False)
+        self.adopt(vae)
+
+    def adopt(self, vae: nn.Module) -> None:
+        """Decode with ``vae`` from now on. Its encoder is left out here and stays where it was."""
+        self.mean, self.std = latent_statistics(vae, self.layout)
+        self.vae = _without(vae, "encoder", "quant_conv", "regularization")
 
     @classmethod
     def from_folder(cls, path: str, subfolder: str | None = None) -> "DiffusersDecoder":
@@ -218,21 +252,25 @@ class DiffusersDecoder(nn.Module):
         vae = AutoencoderKLWan(**RELEASED[release])
         return cls(vae.requires_grad_(False).eval(), LAYOUTS[release])
 
+    @classmethod
+    def of_space(cls, space: DiffusersVAE) -> "DiffusersDecoder":
+        """The layout of ``space``, whose config.json must be there, with random weights: :meth:`adopt` brings the space's."""
+        return cls(empty_vae(space.folder, space.layout), space.layout)
+
     @torch.no_grad()
     def forward(self, latent: Float[Tensor, "b c n y x"]) -> Float[Tensor, "b 3 t h w"]:
-        """Decode whole clips, in the module's dtype; Wan's output is clamped to [-1, 1]."""
-        return decode_clips(self.vae, self._denormalise(latent))
+        """Decode whole clips, in the network's dtype and outside autocast; Wan's output is clamped to [-1, 1]."""
+        with torch.autocast(latent.device.type, enabled=False):
+            return decode_clips(self.vae, self._denormalise(latent))
 
     decode = forward
 
     def start_stream(self, batch_size: int, height: int, width: int) -> WanStream:
         """State of a new stream of clips of that many pixels; Wan's decoder takes its sizes from what it is given."""
         if not self.can_stream:
-            raise ValueError(
-                "this autoencoder's decoder cannot stream: its convolutions look at future latent frames; use decode()"
-            )
+            raise ValueError(f"{self.layout.class_name} cannot stream: {NO_STREAM[self.layout.kind]}; use decode()")
         convolutions = self.vae._cached_conv_counts["decoder"]
-        return WanStream(past=[None] * convolutions)
+        return WanStream(batch_size, height, width, past=[None] * convolutions)
 
     @torch.no_grad()
     def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: WanStream) -> Float[Tensor, "b 3 k h w"]:
@@ -250,6 +288,54 @@ class DiffusersDecoder(nn.Module):
             video = unpatchify(video, patch_size=self.vae.config.patch_size)
         return video.clamp(-1, 1)
 
+    def end_stream(self, state: WanStream) -> Float[Tensor, "b 3 0 h w"]:
+        """Close the stream. Nothing is ever pending: every step returns all of its frames."""
+        state.past = []
+        return self.mean.new_zeros(state.batch_size, 3, 0, state.height, state.width)
+
     def _denormalise(self, latent: Tensor) -> Tensor:
         dtype = next(self.vae.parameters()).dtype
-        return (latent.float() * self.std.float() + self.mean.float()).to(dtype)
+        shift, scale = (for_frames(values, latent.shape[2]).float() for values in (self.mean, self.std))
+        return (latent.float() * scale + shift).to(dtype)
+
+
+def _without(vae: nn.Module, *parts: str) -> nn.Module:
+    """``vae`` without some of its modules; the others are shared with it, not copied."""
+    rest = vae.__new__(type(vae))
+    rest.__dict__ = vae.__dict__ | {"_modules": dict(vae._modules)}
+    for name in parts:
+        if name in rest._modules:
+            rest._modules[name] = None
+    return rest
+
+
+class SpaceDecoder(nn.Module):
+    """The own decoder of a space that is no diffusers autoencoder, or whose files are not there, by ``space.decode``.
+
+    It has no parameters of its own: they are the space's, and are not counted.
+    """
+
+    can_stream = False
+
+    def __init__(self, space: LatentSpace) -> None:
+        super().__init__()
+        self.space = space
+
+    def decode(self, latent: Float[Tensor, "b c n y x"]) -> Float[Tensor, "b 3 t h w"]:
+        """RGB in about [-1, 1], float32."""
+        return self.space.decode(latent)
+
+
+def own_decoder(space: LatentSpace) -> DiffusersDecoder | SpaceDecoder:
+    """The decoder that belongs to ``space``; of a diffusers autoencoder with random weights, until it adopts the released.
+
+    Raises:
+        ValueError: the space has none.
+    """
+    if not hasattr(space, "decode"):
+        raise ValueError(
+            f"decoder.backbone=space: the {space.name} space has no decoder of its own; take another backbone"
+        )
+    if isinstance(space, DiffusersVAE) and space.layout is not None:
+        return DiffusersDecoder.of_space(space)
+    return SpaceDecoder(space)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from datamodules.batch import VideoBatch, counted
+from datamodules.batch import VideoBatch, batch_size, counted
 from decoders import terms
 from decoders.base import VideoDecoder
 from decoders.baseline.linear_start import branch_widths, linear_start, shortcuts_only
-from decoders.baseline.model import BaselineConfig, build_decoder, build_encoder
+from decoders.baseline.model import BaselineConfig, DiffusersDecoder, build_decoder, build_encoder, own_decoder
 from decoders.latent_spaces.base import LatentSpace
 from decoders.latent_spaces.learned import Learned, draw, measure_statistics
 from decoders.training import TrainingConfig
@@ -47,6 +47,8 @@ class BaselineObjective:
 class Baseline(VideoDecoder):
     """A convolutional video autoencoder, trained like any other family.
 
+    With ``backbone: space`` it is the space's own decoder, as it was released: no terms, no training, the row of a comparison.
+
     Terms: ``l1`` and ``mse`` on whole clips, ``lpips`` on crops; ``kl`` where the encoder is trained; with a
     discriminator ``gan_g``, ``gan_d`` and lazy ``r1``, which skip images.
 
@@ -72,9 +74,15 @@ class Baseline(VideoDecoder):
         self.objective = objective
         self._computed = config.start == "linear"
         shape = (latent_space.channels, latent_space.stride_t, latent_space.stride_hw)
-        self.model = self.build_model(config, *shape)
         self.terms = frozenset({"l1", "mse", "lpips"})
-        self.encoder = None
+        self.encoder = self.discriminator = None
+        self._lpips: Lpips | None = None  # built when first needed: it may have to fetch its weights
+        if config.backbone == "space":
+            if objective != BaselineObjective():
+                raise ValueError("decoder.backbone=space is not trained: leave the objective out")
+            self.model, self.terms = own_decoder(latent_space), frozenset()
+            return
+        self.model = self.build_model(config, *shape)
         if config.train_encoder:
             self.terms |= {"kl"}
             self.trains_encoder = True
@@ -83,21 +91,30 @@ class Baseline(VideoDecoder):
                 linear_start(self.encoder, self.model)
         if config.skeleton:
             shortcuts_only(*(part for part in (self.encoder, self.model) if part is not None))
-        self.discriminator = None
         if objective.discriminator is not None:
             self.terms |= {"gan_g", "gan_d", "r1"}
             self.discriminators = ("discriminator",)
             self.discriminator = PatchDiscriminator3d.from_config(objective.discriminator)
-        self._lpips: Lpips | None = None  # built when first needed: it may have to fetch its weights
 
     build_model = staticmethod(build_decoder)
 
     def take_start(self) -> str | None:
-        """As in the base: a computed codec is there as soon as the network is."""
+        """As in the base: a computed codec is there as soon as the network is; a space's own decoder has the space's weights."""
+        space = self.latent_space
+        if not self.terms:
+            if isinstance(self.model, DiffusersDecoder):
+                self.model.adopt(space.vae)
+                for part in self.model.vae.children():
+                    part.to(getattr(torch, space.config.dtype))
+            return f"the {space.name} space's own decoder"
         return "a computed codec (decoder.start=linear)" if self._computed else None
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if stage == "fit" and not self.terms:
+            raise ValueError(
+                "decoder.backbone=space: the space's own decoder is not trained; make evaluate exp=NAME weights=start measures it"
+            )
         if stage == "fit" and self.training_config.loss_weights["lpips"] != 0:  # a missing backbone is told at once
             self._lpips = terms.build_lpips(self.objective)
 
@@ -156,6 +173,17 @@ class Baseline(VideoDecoder):
 
     # ---- objective
 
+    def frame_groups(self, batch: VideoBatch) -> dict[str, Bool[Tensor, "b t"]]:
+        """Where coding starts anew after so many frames: the first frames of later chunks, where pictures may jump, and the
+        others."""
+        t, chunk = batch["video"].shape[2], getattr(self.latent_space, "chunk", None)
+        if chunk is None or t <= chunk:
+            return {}
+        frame = torch.arange(t)
+        seam = (frame % chunk == 0) & (frame > 0)
+        inside = ~seam & (frame > 0)  # nothing comes before the first
+        return {name: group.expand(batch_size(batch), -1) for name, group in (("seam", seam), ("inside", inside))}
+
     def losses(self, batch: VideoBatch) -> dict[str, Tensor]:
         batch = self._cut(batch)
         video, mask = batch["video"], counted(batch)
@@ -212,3 +240,9 @@ def _check_space(config: BaselineConfig, space: LatentSpace) -> None:
         )
     if isinstance(space, Learned) and not config.train_encoder:
         raise ValueError("the learned space needs decoder.train_encoder=true: nothing else would encode")
+    chunk, own = getattr(space, "chunk", None), getattr(config.magvit2, "chunk", None)
+    if own != chunk:
+        raise ValueError(
+            f"space.chunk={chunk} and decoder.magvit2.chunk={own}: both say after how many frames coding starts anew, which the "
+            "backbone magvit2 can do; set both, or neither"
+        )

@@ -1,1 +1,1 @@
-"""Frozen encoders that turn pixels into normalised latents: `dct` (closed form) and `diffusers` (Wan 2.1/2.2, LTX)."""
+"""Frozen encoders that turn pixels into normalised latents: `dct` (closed form) and `diffusers` (Wan, LTX and others)."""

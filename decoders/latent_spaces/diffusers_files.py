@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,12 @@ EXAMPLES = {
     "Wan 2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "Wan 2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "LTX-Video": "Lightricks/LTX-Video",
+    "LTX-2": "Lightricks/LTX-2",
+    "HunyuanVideo": "hunyuanvideo-community/HunyuanVideo",
+    "HunyuanVideo 1.5": "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
+    "Cosmos": "nvidia/Cosmos-1.0-Diffusion-7B-Text2World",
+    "CogVideoX": "THUDM/CogVideoX-5b",
+    "Mochi": "genmo/mochi-1-preview",
 }
 
 
@@ -19,10 +27,16 @@ class VAELayout:
     """What a decoder must know of an autoencoder before its weights are read."""
 
     class_name: str
-    kind: str  # wan or ltx
+    kind: str  # wan, ltx, ...: see READERS
     channels: int
     stride_t: int
     stride_hw: int
+    causal: bool = True  # an image is a clip of one frame; else a clip is a multiple of ``step``
+    step: int | None = None  # frames from one length that it encodes and decodes to the next; None: ``stride_t``
+
+    @property
+    def frame_step(self) -> int:
+        return self.step or self.stride_t
 
 
 def find_folder(path: str, subfolder: str | None, *, download: bool) -> Path:
@@ -72,11 +86,10 @@ def read_layout(folder: Path) -> VAELayout:
     """
     config = json.loads((folder / "config.json").read_text())
     class_name = config.get("_class_name")
-    readers = {"AutoencoderKLWan": _wan_layout, "AutoencoderKLLTXVideo": _ltx_layout}
-    if class_name not in readers:
-        raise ValueError(f"{folder / 'config.json'} is a {class_name}; supported are {' and '.join(readers)}")
+    if class_name not in READERS:
+        raise ValueError(f"{folder / 'config.json'} is a {class_name}; supported are {', '.join(READERS)}")
     try:
-        return readers[class_name](config)
+        return READERS[class_name](config)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} has no {error}; save it again with a current diffusers") from None
 
@@ -101,6 +114,64 @@ def _ltx_layout(config: dict[str, Any]) -> VAELayout:
     return VAELayout(
         "AutoencoderKLLTXVideo", "ltx", config["latent_channels"], 2**in_time, config["patch_size"] * 2**in_space
     )
+
+
+def _ltx2_layout(config: dict[str, Any]) -> VAELayout:
+    scaled, types = config["spatio_temporal_scaling"], config["downsample_type"]
+    if isinstance(scaled, bool):
+        scaled = [scaled] * (len(config["layers_per_block"]) - 1)
+    in_time = sum(s and t in ("temporal", "spatiotemporal") for s, t in zip(scaled, types, strict=False))
+    in_space = sum(s and t in ("spatial", "spatiotemporal") for s, t in zip(scaled, types, strict=False))
+    if not config.get("encoder_causal", True) or config.get("patch_size_t", 1) != 1:
+        raise ValueError("an LTX-2 encoder that is not causal or patchifies time: the first frame has no latent")
+    stride_hw = config["patch_size"] * 2**in_space
+    return VAELayout("AutoencoderKLLTX2Video", "ltx2", config["latent_channels"], 2**in_time, stride_hw)
+
+
+def _ratios(class_name: str, kind: str) -> Callable[[dict[str, Any]], VAELayout]:
+    """A reader of a config.json that says both ratios itself."""
+
+    def read(config: dict[str, Any]) -> VAELayout:
+        strides = (config["temporal_compression_ratio"], config["spatial_compression_ratio"])
+        return VAELayout(class_name, kind, config["latent_channels"], *map(int, strides))
+
+    return read
+
+
+def _cogvideox_layout(config: dict[str, Any]) -> VAELayout:
+    # diffusers decodes two latent frames at a time and puts the odd one first: of an even number it makes frames that were
+    # never encoded, so only odd numbers go there and back.
+    stride_t, stride_hw = int(config["temporal_compression_ratio"]), 2 ** (len(config["block_out_channels"]) - 1)
+    channels = config["latent_channels"]
+    return VAELayout("AutoencoderKLCogVideoX", "cogvideox", channels, stride_t, stride_hw, step=2 * stride_t)
+
+
+def _mochi_layout(config: dict[str, Any]) -> VAELayout:
+    strides = (prod(config["temporal_expansions"]), prod(config["spatial_expansions"]))
+    return VAELayout("AutoencoderKLMochi", "mochi", config["latent_channels"], *strides)
+
+
+def _vidtok_layout(config: dict[str, Any]) -> VAELayout:
+    halvings = len(config["ch_mult"]) - 1
+    in_time = 2 if config.get("tempo_ds") is None else len(config["tempo_ds"])
+    in_space = halvings if config.get("spatial_ds") is None else len(config["spatial_ds"])
+    causal = bool(config.get("is_causal", True))
+    # What is not causal is decoded 16 frames at a time, and what does not fill them is dropped.
+    step = None if causal else 16
+    return VAELayout("AutoencoderVidTok", "vidtok", config["z_channels"], 2**in_time, 2**in_space, causal, step)
+
+
+READERS: dict[str, Callable[[dict[str, Any]], VAELayout]] = {
+    "AutoencoderKLWan": _wan_layout,
+    "AutoencoderKLLTXVideo": _ltx_layout,
+    "AutoencoderKLLTX2Video": _ltx2_layout,
+    "AutoencoderKLHunyuanVideo": _ratios("AutoencoderKLHunyuanVideo", "hunyuanvideo"),
+    "AutoencoderKLHunyuanVideo15": _ratios("AutoencoderKLHunyuanVideo15", "hunyuanvideo15"),
+    "AutoencoderKLCosmos": _ratios("AutoencoderKLCosmos", "cosmos"),
+    "AutoencoderKLCogVideoX": _cogvideox_layout,
+    "AutoencoderKLMochi": _mochi_layout,
+    "AutoencoderVidTok": _vidtok_layout,
+}
 
 
 def _with_config(root: Path, subfolders: list[str]) -> Path | None:

@@ -4,11 +4,11 @@
 
 SHELL := bash
 .DEFAULT_GOAL := start
-.PHONY: start train list show evaluate decode reconstruct bench profile tb test test-slow test-gpu lint flash-attn setup help
+.PHONY: start train list show evaluate sets compare report vote index decode reconstruct bench profile tb test test-slow test-gpu lint flash-attn setup help
 PORT ?= 6006
 RUNS_ROOT ?= runs
 # Capitals are environment variables, which make hands on by itself.
-RESERVED := exp python args PYTHON PORT RUNS_ROOT DATA_ROOT WEIGHTS_ROOT ASSETS_ROOT CUDA_VISIBLE_DEVICES OMP_NUM_THREADS
+RESERVED := exp exps python args PYTHON PORT RUNS_ROOT DATA_ROOT WEIGHTS_ROOT ASSETS_ROOT CUDA_VISIBLE_DEVICES OMP_NUM_THREADS
 
 # Variables typed after `make` other than our own are dotted overrides. They are read by name and quoted one by one, so
 # that lists, braces, blanks, quotes and $ reach Python as typed.
@@ -16,6 +16,8 @@ typed = $(strip $(foreach v,$(filter-out $(RESERVED),$(.VARIABLES)),$(if $(finds
 quote = '$(subst ','\'',$1)'
 overrides = $(foreach v,$(sort $(typed)),$(call quote,$v=$(value $v)))
 need_exp = $(if $(exp),,$(error which experiment? make $@ exp=NAME; make list shows the names))
+need_exps = $(if $(exps),,$(error which runs? make $@ exps="a b c"; runs are the folders under RUNS_ROOT))
+runs = $(foreach name,$(exps),$(call quote,$(name)))
 
 ifdef python
 venv :=
@@ -44,6 +46,24 @@ show: $(venv) ## What a run would be, without running it: make show exp=NAME (co
 evaluate: $(venv) ## Score a trained experiment: make evaluate exp=NAME [sets=[davis] weights=start|ema|last|best]
 	$(need_exp)
 	@$(python) -m experiments.evaluate $(call quote,$(exp)) $(overrides)
+
+sets: $(venv) ## Evaluation sets by name, and whether their clips are here
+	@$(python) -m experiments.evaluate --sets
+
+compare: $(venv) ## Runs side by side, tables and plots: make compare exps="a b c" [train=true sets=[davis] baseline=a out=FOLDER speed=false]
+	$(need_exps)
+	@$(python) -m experiments.compare $(runs) $(overrides)
+
+report: $(venv) ## A page to look at runs with: make report exps="a b c" [sets=[davis] out=FOLDER clips=3 max_mb=100]
+	$(need_exps)
+	@$(python) -m experiments.report $(runs) $(overrides)
+
+vote: $(venv) ## A blind vote in the browser: make vote exps="a b" [port=8000]; then make vote results=true db=FILE
+	$(if $(results)$(db),,$(need_exps))
+	@$(python) -m experiments.vote $(runs) $(overrides)
+
+index: $(venv) ## Write results/REPRODUCTION.md: the papers' tables and figures, and what reproduces them here
+	@$(python) -m experiments.reproduction
 
 decode: $(venv) ## Saved latents to mp4 with a run's weights: make decode exp=NAME in=FOLDER out=FOLDER
 	$(need_exp)

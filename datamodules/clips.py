@@ -8,6 +8,7 @@ loaders.py     workers and batches             quarantine.py  files that could n
 procedural.py  films without files             samples.py     the real clips that a Python package ships
 latents.py     saved latents, their formats    triples.py     input, style image, target
 stills.py      images, and references          masks.py       edited films, what of them counts
+named.py       evaluation sets by name
 """
 
 import logging
@@ -72,6 +73,9 @@ class ClipData(LightningDataModule):
         self._plan: MixturePlan | None = None
         self._val_loaders: list[ValLoader] | None = None
         self._val_requests: list[list[ClipRequest]] | None = None
+        # (stream, beginning of a key, "name#start") of a validation clip -> whether it is wanted. Batches without any are not read;
+        # of others all is. Set before val_dataloader.
+        self.wanted: Callable[[str, str], bool] | None = None
         if frame_rule is not None:
             self._check_shapes(frame_rule)
 
@@ -182,9 +186,28 @@ class ClipData(LightningDataModule):
         if self._val_loaders is None:
             streams = self.streams("val")
             batches = validation_batches(streams, self.rank, self.world_size) if streams else {}
+            batches = self._wanted(batches) if self.wanted else batches
             workers = ValWorkers(self.config)
             self._val_loaders = [ValLoader(workers, streams[name], batches[name]) for name in batches]
         return self._val_loaders
+
+    def _wanted(self, batches: dict[str, list[list[ClipRequest]]]) -> dict[str, list[list[ClipRequest]]]:
+        """Without those that nobody wants; one stays in any case, as Lightning leaves out a process that has none.
+
+        Where the beginning of a key cannot be told before reading (another frame rate, triples), all stay.
+        """
+        last = next(batch for some in reversed(batches.values()) for batch in reversed(some))
+        kept = {}
+        for name, some in batches.items():
+            exact = self.config.val[name].fps is None and all(r.kind != "triple" for batch in some for r in batch)
+            kept[name] = [b for b in some if not exact or any(self.wanted(name, f"{r.name}#{r.start}") for r in b)]
+        if not any(kept.values()):
+            kept[next(name for name in batches if last in batches[name])] = [last]
+        return kept
+
+    def category(self, stream: str, key: str) -> str | None:
+        """The category of a validation clip, where its list says one."""
+        return self.streams("val")[stream].categories.get(key.rpartition("#")[0])
 
     @property
     def num_val_files(self) -> int:

@@ -16,14 +16,14 @@
                      crop: {random: 0.4, center: 0.3, resize: 0.3}}
       val:                                         # fixed clips: centre crop, evenly spaced windows, nothing random
         bikes_late: {sources: [bikes], size: [144, 176], num_clips: 8, batch_size: 2}
-      sets:                                        # like val, but read only when asked for: make evaluate sets=[davis]
-        davis: {sources: [davis], size: [480, 832], num_frames: 17, window: first}
+      sets:                                        # like val, but read only when asked for: make evaluate sets=[mine]
+        mine: {sources: [films], size: [480, 832], num_frames: 17, window: first}   # others are built in: named.py
       num_workers: 4
 
 Paths. ``$NAME`` is replaced from the environment (write it without braces: braces are OmegaConf's own). ``package:``
 names a file inside an installed Python package, found without importing it. A ``.csv`` has a column ``path``
-(relative ones are taken from the list's own folder) and may have ``width, height, num_frames, fps``; with width and
-height (and num_frames and fps for videos) in the list a file is not opened before it is read, which is what makes a list
+(relative ones are taken from the list's own folder) and may have ``category`` (people, animals, ...: evaluation then also gives
+means by category) and ``width, height, num_frames, fps``; with width and height (and num_frames and fps for videos) in the list a file is not opened before it is read, which is what makes a list
 of 12.8 million images start at once. Other files are opened once, and what was found is kept in ``cache_dir``.
 
 Saved latents (``kind: latent``) make streams of {latent, reference, key} without a video, for training only. ``size`` and
@@ -145,6 +145,8 @@ class StreamConfig:
     enlarge: as stretch, and smaller films, which are left out otherwise, are enlarged.
     keep: shorter side to the shorter of ``size``, aspect kept, both sides cut to ``multiple`` (needs batch_size 1).
     none: crop at native resolution."""
+    via: tuple[int, int] | None = None
+    """resize: crop only; the frame is scaled until it covers this [height, width], and ``size`` is cut out of it. None: size."""
     multiple: int = 16
     """resize: keep only; height and width of a clip are multiples of it."""
     fps: float | None = None
@@ -160,12 +162,20 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         self.size, self.extend = tuple(self.size), tuple(self.extend)
+        self.via = self.via if self.via is None else tuple(self.via)
         if not self.sources:
             raise ValueError("a stream needs sources: [NAME, ...]")
         if min(self.size) < 1 or self.num_frames < 1 or self.batch_size < 1 or self.multiple < 1:
             raise ValueError(
                 "size, num_frames, batch_size and multiple must be at least 1, got "
                 f"{list(self.size)}, {self.num_frames}, {self.batch_size}, {self.multiple}"
+            )
+        if self.via is not None and (
+            self.resize != "crop" or self.crop.resize or min(map(int.__sub__, self.via, self.size)) < 0
+        ):
+            raise ValueError(
+                f"via {list(self.via)} says what is scaled to before size {list(self.size)} is cut out of it: it needs resize: "
+                "crop, no crop.resize, and must not be the smaller"
             )
         if min(self.extend) < 0:
             raise ValueError(f"extend must be [before, after] in frames, both >= 0, got {list(self.extend)}")
@@ -187,6 +197,11 @@ class StreamConfig:
             raise ValueError(
                 f"crop.resize = {self.crop.resize} is a choice within resize: crop, not resize: {self.resize}"
             )
+
+    @property
+    def how_resized(self) -> str:
+        """``resize``, and what it goes by."""
+        return self.resize if self.via is None else f"{self.resize} out of {self.via[0]}x{self.via[1]}"
 
     @property
     def total_frames(self) -> int:

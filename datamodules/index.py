@@ -63,6 +63,7 @@ class SourceIndex:
     masks: Names | None = None  # edits
     latents: Names | None = None  # edits that have some; then also
     latent_sizes: np.ndarray | None = None  # (frames, height, width) in pixels, of each
+    categories: Names | None = None  # of lists with a column of that name
     spaces: Counter = field(default_factory=Counter)  # latents: how many files name which space; "" names none
 
     def __len__(self) -> int:
@@ -117,6 +118,8 @@ def build_index(name: str, source: SourceConfig, cache_dir: str | None = None, n
             extra["latents"] = Names([file.latent for file in good])
             extra["latent_sizes"] = np.array([info.latent_size for info in infos], np.int32)
             extra["spaces"] = Counter(info.space for info in infos)
+    if any(file.category for file in good):
+        extra["categories"] = Names([file.category for file in good])
     index = SourceIndex(
         name,
         source,

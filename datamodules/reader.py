@@ -45,6 +45,7 @@ class ClipRequest:
     crop: str = "center"
     position: tuple[float, float] = (0.5, 0.5)
     multiple: int = 16
+    via: tuple[int, int] | None = None
     checked: bool = True  # the container was inspected when the index was made
     film: tuple = ()  # procedural: (seed, number, height, width, fps)
     latent: tuple = ()  # latent: (c, n, y, x) to be delivered; edit: (n, y, x)
@@ -228,7 +229,7 @@ class ClipReader:
 
     def _keep_film(self, film: "_Film", request: ClipRequest) -> "_KeptFilm | None":
         """Decode and resize the whole film into memory; None where it does not fit or cannot be read as a whole."""
-        key = (request.path, request.size, request.resize, request.crop == "resize")
+        key = (request.path, request.via or request.size, request.resize, request.crop == "resize")
         if key in self._unkept:
             return None
         try:
@@ -282,7 +283,8 @@ def _key(request: ClipRequest, start: int, geometry) -> str:
 
 
 def _geometry(request: ClipRequest, frame: tuple[int, int]):
-    return plan_geometry(frame, request.size, request.resize, request.crop, request.position, request.multiple)
+    r = request
+    return plan_geometry(frame, r.size, r.resize, r.crop, r.position, r.multiple, r.via)
 
 
 class _Film:

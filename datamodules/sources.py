@@ -46,6 +46,7 @@ class File:
     seed: str = ""
     mask: str = ""
     latent: str = ""
+    category: str = ""
 
 
 def find_files(name: str, source: SourceConfig) -> list[File]:
@@ -154,7 +155,7 @@ def _listed_file(row: dict, name: str, folder: Path, kind: str) -> File:
             raise ValueError(f"a triple without {empty[0]}")
         label = f"{name}/{row['target']}+{row['reference']}"  # one target may have several references
         return File(full("target"), label, None, full("reference"), full("input"))
-    label = f"{name}/{row['path']}"
+    label, category = f"{name}/{row['path']}", (row.get("category") or "").strip()
     if kind == "edit":
         if not row["mask"]:
             raise ValueError("an edit without mask")
@@ -164,10 +165,11 @@ def _listed_file(row: dict, name: str, folder: Path, kind: str) -> File:
             )
         latent, reference = full("latent"), full("reference")
         label = "+".join(filter(None, (label, row["mask"], row.get("latent"))))  # a film may have been edited twice
-        return File(full("path"), label, _listed_info(row, kind), reference, mask=full("mask"), latent=latent)
+        extra = {"mask": full("mask"), "latent": latent, "category": category}
+        return File(full("path"), label, _listed_info(row, kind), reference, **extra)
     if kind == "latent":
         return File(full("path"), label, None, full("reference"), "", row.get("prompt") or "", row.get("seed") or "")
-    return File(full("path"), label, _listed_info(row, kind))
+    return File(full("path"), label, _listed_info(row, kind), category=category)
 
 
 def _listed_info(row: dict, kind: str) -> Info | None:

@@ -3,6 +3,7 @@
 import math
 import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -96,6 +97,12 @@ class Stream:
             except ValueError as error:
                 raise StreamError(f"{self.where}: with strides {list(index.config.strides)}, {error}") from None
 
+    @cached_property
+    def categories(self) -> dict[str, str]:
+        """Name of a file (the part of a clip's key before ``#``) -> its category, of the files whose lists say one."""
+        told = [(index, number) for index in self.sources if index.categories for number in range(len(index))]
+        return {index.names[i]: index.categories[i] for index, i in told if index.categories[i]}
+
     @property
     def mask(self) -> str | None:
         """Which form of masks its clips come with (SourceConfig.mask); None: without."""
@@ -116,7 +123,7 @@ class Stream:
         if kind == "latent":
             big = (index.height == c.size[0]) & (index.width == c.size[1])
         else:
-            big = fits(index.height, index.width, c.size, c.resize)
+            big = fits(index.height, index.width, c.via or c.size, c.resize)
         slow = (index.fps < c.fps * (1 - RATE_TOLERANCE)) & (index.fps > 0) if c.fps else np.zeros(len(index), bool)
         fitting = big & ~slow
         first = np.ceil(index.num_frames * low_high[0] - 1e-6).astype(np.int64)
@@ -165,9 +172,8 @@ class Stream:
             )
         rate = f" at {c.fps:g} fps" if c.fps else ""
         latent = self.sources[0].config.kind == "latent"
-        size = (
-            f"{'exactly' if latent else 'at least'} {c.size[0]}x{c.size[1]}{'' if latent else ' (nothing is enlarged)'}"
-        )
+        height, width = c.via or c.size
+        size = f"{'exactly' if latent else 'at least'} {height}x{width}{'' if latent else ' (nothing is enlarged)'}"
         reasons = ", ".join(f"{num} {reason}" for reason, num in self.dropped.items() if num)
         return (
             f"{self.where}: no clip survives. It needs {c.total_frames} frames{rate} of {size}; left out: {reasons}. Found:\n"
@@ -222,6 +228,7 @@ class Stream:
             crop=crop,
             position=position,
             multiple=c.multiple,
+            via=c.via,
             checked=bool(index.checked[number]),
             film=film,
             latent=latent,

@@ -52,11 +52,12 @@ def plan_geometry(
     crop: str = "center",
     position: tuple[float, float] = (0.5, 0.5),
     multiple: int = 16,
+    via: tuple[int, int] | None = None,
 ) -> Geometry:
     """How a frame of (height, width) ``frame`` becomes ``size``.
 
-    ``mode`` is StreamConfig.resize, ``crop`` one of center, random, resize, and ``position`` says where a random crop
-    lies, each in [0, 1). Raises TooSmall instead of enlarging.
+    ``mode`` and ``via`` are StreamConfig's resize and via, ``crop`` one of center, random, resize, and ``position`` says where
+    a random crop lies, each in [0, 1). Raises TooSmall instead of enlarging.
     """
     if mode in ("stretch", "enlarge") or (mode == "crop" and crop == "resize"):
         if mode != "enlarge":
@@ -70,7 +71,7 @@ def plan_geometry(
         cover(frame, size)
         scaled = frame
     else:
-        scaled = cover(frame, size)
+        scaled = cover(frame, via or size)
     room = tuple(have - want for have, want in zip(scaled, size, strict=True))
     if crop == "random":
         offset = tuple(int(u * (r + 1)) for u, r in zip(position, room, strict=True))

@@ -7,7 +7,6 @@ them under the same names; ``encode`` where it trains an encoder; ``param_groups
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from hashlib import sha256
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,17 +14,14 @@ from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor, nn
 
-import metrics
 from datamodules.batch import VideoBatch, batch_size
 from decoders import optimisation
 from decoders.ema import Ema
 from decoders.latent_spaces.base import LatentSpace, pad_to_valid
+from decoders.scoring import DECODE, DECODER, PER_FRAME, Clips, Method, Row, Scorer, selected
 from decoders.training import TrainingConfig, check_loss_weights, loss_weight
 
-Method = Callable[[VideoBatch], Tensor | None]
-Row = dict[str, Any]  # one clip by one method: stream, key, frames, height, width and the mean score of every metric
-DECODER = "decoder"  # the method's name in rows that are the decoder's own
-PER_FRAME = "per_frame"  # in a row: metric -> the score of every frame; in_<group> -> 1 for every frame in it, else 0
+__all__ = ["DECODER", "PER_FRAME", "Method", "Row", "VideoDecoder", "key_seed"]
 
 
 def key_seed(key: str, seed: int) -> int:
@@ -65,8 +61,9 @@ class VideoDecoder(LightningModule):
         self._restored_ema: dict[str, Tensor] | None = None
         self.progress: Callable[[], float] | None = None  # the share of the run's time that is used, where time ends it
         self.references: dict[str, Method] = {}  # other methods that validation scores too
-        self._metrics: list | None = None
-        self._rows: list[Row] = []
+        self.wanted: Callable[[int, str], bool] | None = None  # (stream, key): other clips are left out of validation
+        self.categories: Callable[[Tensor], list[str]] | None = None  # of each clip "b 3 t h w" of a validation
+        self._scorer: Scorer | None = None
         self._swapped = ExitStack()  # holds the EMA weights in place during validation
 
     # ---- what a family writes
@@ -215,8 +212,7 @@ class VideoDecoder(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_loss_weights(self.training_config.loss_weights, self.terms)
-        if self._metrics is None:  # now, so that an unknown metric or missing weights are told before any step
-            self._metrics = metrics.build(self.training_config.validation.metrics)
+        self.scorer()
 
     def on_fit_start(self) -> None:
         if self.training_config.ema is not None and self.ema is None:
@@ -259,38 +255,36 @@ class VideoDecoder(LightningModule):
 
     # ---- validation
 
+    def scorer(self) -> Scorer:
+        """The metrics of validation. Made at first use: before any step, so that missing weights are told then."""
+        if self._scorer is None:
+            self._scorer = Scorer(self.training_config.validation)
+        return self._scorer
+
     def on_validation_start(self) -> None:
-        self._rows = []
+        self.scorer().begin()
         self._swapped.enter_context(self.ema_weights())
 
     def validation_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Decode each clip with a generator of its own, seeded from its key: batch size and ranks change nothing."""
-        batch = self.with_latent(batch)
-        prediction = torch.cat([self._decode_clip(batch, index) for index in range(batch_size(batch))])
-        self._score(DECODER, prediction, batch, dataloader_idx)
+        """Decode each clip with a generator of its own, seeded from its key: batch size and ranks change nothing.
+
+        The prediction that is returned has the clips that are wanted: all of them, unless ``wanted`` is set.
+        """
+        if self.wanted is not None:
+            batch = selected(batch, [i for i, key in enumerate(batch["key"]) if self.wanted(dataloader_idx, key)])
+            if not batch["key"]:
+                return {"prediction": batch["video"]}
+        batch, scorer = self.with_latent(batch), self.scorer()
+        with scorer.timed(DECODE, self.device):
+            prediction = torch.cat([self._decode_clip(batch, index) for index in range(batch_size(batch))])
+        clips = Clips.of(batch, self.frame_groups(batch), dataloader_idx)
+        clips.categories = self.categories(clips.video) if self.categories else None
+        scorer.score(DECODER, prediction, clips)
         for method, reference in self.references.items():
             if (shown := reference(batch)) is not None:  # None: it has no meaning for these clips
-                self._score(method, shown, batch, dataloader_idx)
+                scorer.score(method, shown, clips)
+        scorer.forget()
         return {"prediction": prediction}
-
-    def _score(self, method: str, prediction: Float[Tensor, "b 3 t h w"], batch: VideoBatch, stream: int) -> None:
-        video, mask, groups = batch["video"], batch.get("mask"), self.frame_groups(batch)
-        if "supervised" in batch:  # the same frames in all clips of a stream: those beside the window have no target
-            frames = batch["supervised"][0]
-            prediction, video = prediction[:, :, frames], video[:, :, frames]
-            mask = mask if mask is None else mask[:, :, frames]
-            groups = {name: group[:, frames.cpu()] for name, group in groups.items()}
-        scores = {m.name: m(prediction, video, mask).cpu() for m in self._metrics}
-        for index, key in enumerate(batch["key"]):
-            row = {"method": method, "stream": stream, "key": key, "frames": video.shape[2]}
-            row |= {"height": video.shape[3], "width": video.shape[4]}
-            own = {name: score[index] for name, score in scores.items()}
-            row |= {name: score.mean().item() for name, score in own.items()}
-            for group, frames in groups.items():
-                row |= {f"{name}_{group}": score[frames[index]].mean().item() for name, score in own.items()}
-            frames = {name: score.tolist() for name, score in own.items()}
-            frames |= {f"in_{group}": member[index].int().tolist() for group, member in groups.items()}
-            self._rows.append(row | {PER_FRAME: frames})
 
     def _decode_clip(self, batch: VideoBatch, index: int) -> Float[Tensor, "1 3 t h w"]:
         clip = slice(index, index + 1)
@@ -306,15 +300,14 @@ class VideoDecoder(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._swapped.close()  # before any callback saves
-        self._rows = self._gather_rows()
-        own = [row for row in self._rows if row["method"] == DECODER]
+        self._scorer.gather(self.trainer.world_size)
+        own = [row for row in self.validation_rows if row["method"] == DECODER]
         if not own:
             raise ValueError("there are no validation clips; give data.val a stream")
-        for name in (m.name for m in self._metrics):
-            mean = fmean(row[name] for row in own)
+        for name, mean in self._scorer.means(own).items():
             self.log(f"val/{name}", mean, rank_zero_only=True, prog_bar=name == "psnr")
-            for stream in sorted({row["stream"] for row in own}):  # each size and source by itself
-                mean = fmean(row[name] for row in own if row["stream"] == stream)
+        for stream in sorted({row["stream"] for row in own}):  # each size and source by itself
+            for name, mean in self._scorer.means([row for row in own if row["stream"] == stream]).items():
                 self.log(f"val_{name}/{self._stream_name(stream)}", mean, rank_zero_only=True)
         self.log("val/clips_seen", float(self.clips_seen), rank_zero_only=True)
         self.log("step", float(self.global_step), rank_zero_only=True)
@@ -323,25 +316,20 @@ class VideoDecoder(LightningModule):
         names = getattr(self.trainer.datamodule, "val_names", [])
         return names[index] if index < len(names) else str(index)
 
-    def _gather_rows(self) -> list[Row]:
-        """Rows of all ranks in a stable order. Ranks may have had different numbers of clips."""
-        if self.trainer.world_size == 1:
-            return self._rows
-        everywhere: list[list[Row]] = [[] for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather_object(everywhere, self._rows)
-        return sorted(
-            (row for rows in everywhere for row in rows), key=lambda row: (row["stream"], row["key"], row["method"])
-        )
-
     @property
     def validation_rows(self) -> list[Row]:
-        """One row per clip of the last validation, of all ranks."""
-        return self._rows
+        """One row per clip and method of the last validation, of all ranks."""
+        return self._scorer.rows if self._scorer else []
+
+    @property
+    def validation_seconds(self) -> dict[str, float]:
+        """What the last validation's time was spent on, all ranks together: decoding (``decode``), and each metric."""
+        return self._scorer.seconds if self._scorer else {}
 
     @property
     def metric_protocols(self) -> dict[str, dict]:
         """How each metric of the last validation was computed."""
-        return {m.name: m.protocol for m in self._metrics or ()}
+        return {m.name: m.protocol for m in self._scorer.metrics} if self._scorer else {}
 
     # ---- weights
 

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+NETWORKS = ("lpips", "i3d", "videomae", "raft", "clip")  # what metrics take weights for (metrics.build)
+
 
 @dataclass
 class GroupConfig:
@@ -89,11 +91,25 @@ class ValidationConfig:
     best: str = "psnr"  # the metric, one of the above, by which weights-best are chosen
     num_shown: int = 4  # the first so many clips are drawn in TensorBoard, the same for every family
     video_fps: int = 8  # of the moving pictures in TensorBoard
+    weights: dict[str, str] = field(
+        default_factory=dict
+    )  # of metric networks (lpips, i3d, videomae, raft, clip): file or folder
+    categories: list[str] = field(
+        default_factory=list
+    )  # of an evaluation's clips, told by CLIP (weights.clip) where lists say none
     references: bool = True  # at the end, also score the mean colour, one colour per cell, and the space's own decoder
 
     def __post_init__(self) -> None:
         if self.best not in self.metrics:
             raise ValueError(f"validation.best={self.best} is none of validation.metrics: {', '.join(self.metrics)}")
+        if odd := sorted(self.weights.keys() - set(NETWORKS)):
+            raise ValueError(
+                f"validation.weights.{odd[0]}: no metric has such weights; there are {', '.join(NETWORKS)}"
+            )
+        if len(self.categories) == 1 or len(set(self.categories)) < len(self.categories):
+            raise ValueError(f"validation.categories={self.categories} must be two or more different words, or none")
+        if self.categories and "clip" not in self.weights:
+            raise ValueError("validation.categories are told by CLIP: set validation.weights.clip to its folder")
 
 
 @dataclass

@@ -18,7 +18,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,10 +31,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from decoders.latent_spaces.base import LatentSpace
 from decoders.latent_spaces.learned import Learned, LearnedConfig
+from experiments import board
 from experiments.bench_worker import DTYPES, Job, matmul_rate, serve
 from experiments.compose import ConfigError, parse_overrides, run_cli
 from experiments.config import build_space, load
 from experiments.measured import heading, write
+from experiments.runs import run_dir
 from experiments.show import table
 
 PEERS = {"wan21": "diffusers Wan 2.1", "wan22": "diffusers Wan 2.2"}
@@ -84,6 +86,7 @@ def main(arguments: list[str]) -> None:
     experiment = tuple(text for text in overrides if not text.startswith("bench."))
     result = bench(name, experiment, config)
     path = write("bench", result, config.results, config.dtype, *["compiled"] * config.compile)
+    board.add_measurement(run_dir(name, experiment), "bench", result, report(result))
     print(report(result), f"\nwritten to {path}", sep="")
 
 
@@ -110,13 +113,13 @@ def find_device(wanted: str, group: str = "bench") -> str:
 
 
 class Decoder:
-    """A decoder in its own process, and what it has measured at each size."""
+    """A decoder in its own process, and what it has measured at each size. ``make``: see :func:`serve`."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Any, make: Callable[[Any], Any] | None = None) -> None:
         self.job = job
         context = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA or threads may hang
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, job), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, job, make), daemon=True)
         self.process.start()
         theirs.close()
         self.about: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import os
 import platform
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -78,13 +79,14 @@ class Float32Arithmetic(TorchFunctionMode):
         return self._buffer[: weight.numel()].as_strided(weight.shape, weight.stride()).copy_(weight)
 
 
-def serve(connection: Connection, job: Job) -> None:
-    """The process: build, say what was built, then answer ("prepare" | "measure", arguments) until told to stop."""
+def serve(connection: Connection, job: Any, make: Callable[[Any], Any] | None = None) -> None:
+    """The process: build (``make`` from the job, by default a :class:`Bench`), say what was built, then answer
+    ("prepare" | "measure", arguments) until told to stop."""
     try:
         if job.threads:
             torch.set_num_threads(job.threads)
         torch.backends.cudnn.benchmark = True  # every size is fixed while it is measured
-        bench = Bench(job)
+        bench = (make or Bench)(job)
         connection.send(("ok", bench.description()))
         while (request := connection.recv()) is not None:
             name, arguments = request
@@ -93,7 +95,7 @@ def serve(connection: Connection, job: Job) -> None:
             except (torch.OutOfMemoryError, MemoryError) as error:
                 connection.send(("failed", f"out of memory: {str(error).splitlines()[0]}"))
                 del error
-                bench.release_memory()
+                release_memory(bench.device)
     except (EOFError, ConnectionError, KeyboardInterrupt):  # whoever asked is gone
         pass
     except Exception:
@@ -114,7 +116,7 @@ class Bench:
         self.step = self.model.step_stream if self.streams else None
         self.layout = "contiguous"
         self.arithmetic = Float32Arithmetic() if job.float32_arithmetic else nullcontext()
-        self.release_memory()
+        release_memory(self.device)
         self.resident_bytes = memory(self.device)
 
     def description(self) -> dict[str, Any]:
@@ -128,13 +130,6 @@ class Bench:
             "multiple": self.multiple,
             "streams": self.streams,
         }
-
-    def release_memory(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        elif platform.system() == "Linux":
-            ctypes.CDLL(None).malloc_trim(0)
 
     # ---- one size
 
@@ -201,7 +196,7 @@ class Bench:
         """One repetition: seconds per step, peak memory beyond the weights, and the matrix product rate around it."""
         dtype = torch.float32 if self.job.float32_arithmetic else DTYPES[self.job.dtype]
         rate = matmul_rate(self.device, dtype)
-        self.release_memory()
+        release_memory(self.device)
         reset_peak(self.device)
         busy, own, start = machine_busy_s(), time.process_time(), time.perf_counter()
         seconds, frames = self._run(self.latent)
@@ -295,6 +290,15 @@ def memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status().get("RssAnon", 0)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what is not used, so that what is resident is what is held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif platform.system() == "Linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak(device: torch.device) -> None:

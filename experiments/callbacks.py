@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from datamodules.batch import batch_size
 from decoders.base import VideoDecoder
+from experiments.budget import Budget
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -66,11 +67,14 @@ class Throughput(Callback):
 
 
 class Progress(ProgressBar):
-    """One bar over all steps: loss, clips/s and time left. Where there is no terminal, a line now and then."""
+    """One bar over all steps: loss, clips/s and time left. Where there is no terminal, a line now and then.
 
-    def __init__(self, throughput: Throughput) -> None:
+    With a budget of time nobody knows how many steps there will be: the bar says which share of the time is used.
+    """
+
+    def __init__(self, throughput: Throughput, budget: Budget | None = None) -> None:
         super().__init__()
-        self._throughput = throughput
+        self._throughput, self._budget = throughput, budget
         self._bar: tqdm | None = None
         self._enabled = True
 
@@ -82,7 +86,7 @@ class Progress(ProgressBar):
             return
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=trainer.max_steps,
+            total=None if self._budget else trainer.max_steps,
             initial=trainer.global_step,
             unit="step",
             mininterval=0.5 if terminal else 20.0,
@@ -101,6 +105,8 @@ class Progress(ProgressBar):
                 shown["clips/s"] = f"{self._throughput.clips_per_s:.2f}"
             if (psnr := trainer.callback_metrics.get("val/psnr")) is not None:
                 shown["val_psnr"] = f"{float(psnr):.2f}"
+            if self._budget:
+                shown["time"] = f"{self._budget.used:.0%} of {self._budget.minutes:g} min"
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update(moved)
 

@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from datamodules import named
+
 FOLDER = Path(__file__).parent
 VARIABLE = re.compile(r"\$([A-Z][A-Z0-9_]*)|\$\{([A-Z][A-Z0-9_]*)\}")  # other braces are OmegaConf's: ${trainer.seed}
 COMMAND_LINE = "the command line"
@@ -102,12 +104,35 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def layers(name: str, overrides: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """``(where it was written, content)`` of everything that is merged, in order."""
+def layers(name: str, overrides: Sequence[str], sets: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """``(where it was written, content)`` of everything that is merged, in order.
+
+    ``sets``: built-in evaluation sets that are asked for by name; they, and those to which ``data.sets`` only adds, come first.
+    """
     if name.startswith("_"):
         raise ConfigError(f"{name}.yaml is a fragment that experiments inherit from; make list shows what can be run")
     typed = [(COMMAND_LINE, nest(key, value)) for key, value in parse_overrides(overrides).items()]
-    return [*dict(_chain(name)).items(), *typed]
+    written = [*dict(_chain(name)).items(), *typed]
+    return [*_named_sets(written, sets), *written]
+
+
+def _named_sets(written: list[tuple[str, dict[str, Any]]], asked: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Built-in sets below what an experiment writes of them; one that it defines itself, with sources, is its own.
+
+    Of a set that is asked for by name no file may be left out as unreadable: other clips are another set.
+    """
+    own: dict[str, Any] = {}
+    for _, layer in written:
+        data = layer.get("data")
+        said = data.get("sets") if isinstance(data, dict) else None
+        own = merge(own, said if isinstance(said, dict) else {})
+    added = [name for name, stream in own.items() if isinstance(stream, dict)]
+    built_in = set(named.names())
+    below = [
+        name for name in dict.fromkeys([*asked, *added]) if name in built_in and "sources" not in (own.get(name) or {})
+    ]
+    strict = [("evaluation by named sets", {"data": {"max_bad_share": 0.0}})] if asked else []
+    return strict + [(f"datamodules/sets/{name}.yaml", named.layer(name)) for name in below]
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -145,12 +145,12 @@ def _values_in_use(key: str) -> list[str]:
     return sorted(value for value in used if isinstance(value, str))
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> Experiment:
+def load(name: str, overrides: Sequence[str] = (), sets: Sequence[str] = ()) -> Experiment:
     """The typed experiment ``name`` under ``overrides``, checked as far as that goes without data, weights or a model.
 
-    Raises ConfigError.
+    ``sets``: built-in evaluation sets (:mod:`datamodules.named`) to have among ``data.sets``. Raises ConfigError.
     """
-    layers = compose.layers(name, overrides)
+    layers = compose.layers(name, overrides, sets)
     raw = compose.expand(_merge_layers(layers))
     parts = {}
     for part, (key, attribute) in PARTS.items():

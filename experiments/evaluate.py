@@ -2,31 +2,29 @@
 
     weights    ema, last or best of the run, default EMA if it kept one, else last; start: those that its training starts
                from (objective.start, init_from), for which there need be no run
-    sets       named evaluation sets in place of the validation clips: sets=[inter4k,davis], of those that the experiment
-               has under data.sets
+    sets       evaluation sets by name in place of the validation clips: sets=[inter4k,davis], built in (--sets lists them)
+               or the experiment's own, under data.sets
 
 Everything else is an override; :func:`evaluate` says which name another run, and which what a run is measured on. Writes
-``clips.csv`` (every clip by every method), ``frames.csv`` (every frame), ``result.json`` (means with their protocol),
-``table.md``, and where some frames were references ``distance.md``.
+what ``experiments/summary.py`` says, where some frames were references ``distance.md``, and where clips have categories
+``categories.md``. An evaluation that was interrupted goes on when the same command is typed again (``experiments/resumed.py``).
 """
 
-import csv
 import hashlib
 import itertools
-import json
-import statistics
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from difflib import get_close_matches
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 import yaml
 from lightning import Callback, Trainer
 from torch import Tensor
+from tqdm import tqdm
 
+from datamodules import named
 from datamodules.batch import VideoBatch
 from datamodules.clips import NoOtherClip
 from datamodules.config import SourceConfig
@@ -34,19 +32,22 @@ from datamodules.loaders import UnreadableClip
 from datamodules.quarantine import TooManyBadFiles
 from datamodules.sources import SourceError, find_files
 from datamodules.streams import StreamError
-from decoders.base import DECODER, PER_FRAME, Method, Row, VideoDecoder
+from decoders.base import DECODER, Method, VideoDecoder
 from decoders.latent_spaces.base import LatentSpace, pad_to_valid
 from decoders.latent_spaces.dct import dc_decode
-from experiments import distance
+from experiments import categories, distance
+from experiments import sets as sets_of
 from experiments import weights as weights_of
-from experiments.checkpoints import write_atomically
+from experiments.callbacks import Progress
 from experiments.compose import ConfigError, run_cli
 from experiments.config import Experiment, as_dict, load, require_paths
-from experiments.measured import markdown
+from experiments.resumed import Resumed, identity
 from experiments.runs import CONFIG, LONGEST_NAME, run_dir, run_name
-from metrics.protocol import Protocol, clip_list_hash
+from experiments.sets import another_shape, check_sets, require_sets
+from experiments.summary import BY_FRAME, CLIPS, DISTANCE, FRAMES, RESULT, TABLE, summarise, write
+from losses.pretrained import WeightsNotFound
 
-TABLE, RESULT, CLIPS, FRAMES, DISTANCE = "table.md", "result.json", "clips.csv", "frames.csv", "distance.md"
+__all__ = ["BY_FRAME", "CLIPS", "DISTANCE", "FRAMES", "RESULT", "TABLE", "evaluate", "evaluation_dir", "run"]
 MEASURED_ON = (
     "data.",
     "pad=",
@@ -57,6 +58,7 @@ MEASURED_ON = (
     "objective.extension=",
     "objective.tasks",
     "objective.ahead=",
+    "objective.interpolator=",
 )  # what a run is measured on, not what it learnt
 LEARNT = ("data.train", "data.order")  # of these: nothing but training reads them
 
@@ -86,131 +88,51 @@ def reference_methods(space: LatentSpace) -> dict[str, Method]:
 
 
 def run(
-    trainer: Trainer, decoder: VideoDecoder, data, folder: Path, references: bool, weights: dict[str, Any]
+    trainer: Trainer,
+    decoder: VideoDecoder,
+    data,
+    folder: Path,
+    references: bool,
+    weights: dict[str, Any],
+    about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Validate, gather the clips of all ranks, and write the three files. Returns the result.
+    """Validate, gather the clips of all ranks, and write the files. Returns the result.
 
-    ``weights`` says which were measured: kind, step, file.
+    ``weights`` says which were measured: kind, step, file; ``about`` is put into the result. Callbacks of the trainer that are
+    :class:`Resumed` have what an interrupted evaluation left. The evaluation that ends a training has none: its weights are in
+    memory, and the same command comes back to it anyhow, as the run is not complete before.
     """
     decoder.references = decoder.own_references() | reference_methods(decoder.latent_space) if references else {}
+    told_by = {} if decoder.categories else take_categories(decoder)  # else :func:`evaluate` has
+    after_training = any(isinstance(callback, Progress) for callback in trainer.callbacks)
+    bar = [Bar(0)] if after_training else []  # else :func:`evaluate` chooses
+    trainer.callbacks += bar
     trainer.validate(decoder, datamodule=data, verbose=False)
-    decoder.references = {}
+    trainer.callbacks = trainer.callbacks[: len(trainer.callbacks) - len(bar)]
+    decoder.references, decoder.categories = {}, None
     rows = [row | {"stream": data.val_names[row["stream"]]} for row in decoder.validation_rows]
-    result = {"weights": weights} | summarise(rows, trainer, decoder, data)
+    categories.take_listed(rows, data)
+    if "sha256" not in weights and (file := folder.parent / weights["file"]).is_file():
+        weights = weights | {"sha256": weights_of.sha256(file)}
+    result = {"experiment": folder.parent.name, "weights": weights} | (about or {}) | told_by
+    result |= summarise(rows, trainer, decoder, data)
     result["distance"] = distance.by_distance(rows, [DECODER, *decoder.own_references()])
     if trainer.is_global_zero:
-        _write(folder, rows, result)
+        write(folder, rows, result, decoder.metric_protocols)
     return result
 
 
-def summarise(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) -> dict[str, Any]:
-    """Means of every method on every stream, each with its protocol."""
-    means = []
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["stream"], row["method"]), []).append(row)
-    order = {name: i for i, name in enumerate(data.val_names)}
-    for (stream, method), clips in sorted(groups.items(), key=lambda g: (order[g[0][0]], g[0][1] != DECODER)):
-        scores = {name: statistics.fmean(row[name] for row in clips) for name in score_columns(clips[0], decoder)}
-        spread = {name: statistics.pstdev([row[name] for row in clips]) for name in scores}
-        means.append({"stream": stream, "method": method, "clips": len(clips), "scores": scores, "spread": spread})
-    return {
-        "means": means,
-        "compression": decoder.latent_space.compression,
-        "files": {name: _files(data.streams("val")[name].describe()) for name in data.val_names},
-        "protocols": protocols(rows, trainer, decoder, data),
-        "device": torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "cpu",
-        "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+def take_categories(decoder: VideoDecoder) -> dict[str, Any]:
+    """Let the decoder's validation ask CLIP for categories, where ``validation.categories`` names some; what is asked, for the
+    result. Raises WeightsNotFound."""
+    validation = decoder.training_config.validation
+    if not validation.categories:
+        return {}
+    from metrics.clip import ClipCategories
 
-
-def _files(about: dict[str, Any]) -> dict[str, Any]:
-    """How many files of a stream were used, and why the others were not."""
-    return {"used": about["files_used"], "found": about["files_found"], "left_out": about["dropped"]}
-
-
-def score_columns(row: Row, decoder: VideoDecoder) -> dict[str, tuple[str, str | None]]:
-    """Column -> (metric, group of frames or None), in the order of a row: ``psnr``, ``psnr_others``, ..."""
-    columns = {}
-    for name in row:
-        for metric in decoder.metric_protocols:
-            if name == metric or name.startswith(f"{metric}_"):
-                columns[name] = (metric, name[len(metric) + 1 :] or None)
-    return dict(sorted(columns.items(), key=lambda item: (item[1][1] or "", list(row).index(item[0]))))
-
-
-def protocols(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) -> dict[str, dict[str, Any]]:
-    """``<stream>/<metric>`` -> everything that decides the number."""
-    found = {}
-    for stream in data.val_names:
-        clips = [row for row in rows if row["stream"] == stream and row["method"] == DECODER]
-        if not clips:
-            continue
-        config, first = data.config.val[stream], clips[0]
-        for name, (metric, group) in score_columns(first, decoder).items():
-            definition = decoder.metric_protocols[metric] | ({"only_frames": group} if group else {})
-            definition |= {"decoding": chosen} if (chosen := decoder.decoding(stream)) else {}
-            if mask := data.streams("val")[stream].mask:
-                definition |= {"pixels": f"outside the edit, {mask} masks; inside, the prediction is the target"}
-            found[f"{stream}/{name}"] = Protocol(
-                metric=name,
-                frames=(0, first["frames"]),
-                frame_stride=1,
-                size=(first["height"], first["width"]),
-                resize=f"PIL bicubic, {config.resize}, centre" + (f", {config.fps:g} fps" if config.fps else ""),
-                clips=clip_list_hash(row["key"] for row in clips),
-                num_clips=len(clips),
-                dtype=str(trainer.precision),
-                latent_space=decoder.latent_space.fingerprint,
-                definition=definition,
-            ).to_dict()
-    return found
-
-
-def _write(folder: Path, rows: list[Row], result: dict[str, Any]) -> None:
-    def written(lines: list[dict[str, Any]]) -> Callable[[Path], None]:
-        def write(path: Path) -> None:
-            names = list(dict.fromkeys(name for line in lines for name in line))
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=names)
-                writer.writeheader()
-                writer.writerows(lines)
-
-        return write
-
-    write_atomically(folder / CLIPS, written([{k: v for k, v in row.items() if k != PER_FRAME} for row in rows]))
-    frames = [
-        {k: row[k] for k in ("stream", "key", "method")} | {"frame": t} | {k: v[t] for k, v in row[PER_FRAME].items()}
-        for row in rows
-        for t in range(row["frames"])
-    ]
-    write_atomically(folder / FRAMES, written(frames))
-    write_atomically(folder / RESULT, lambda path: path.write_text(json.dumps(result, indent=2)))
-    write_atomically(folder / TABLE, lambda path: path.write_text(table(result)))
-    if result["distance"]:
-        write_atomically(folder / DISTANCE, lambda path: path.write_text(distance.text(result["distance"])))
-    else:
-        (folder / DISTANCE).unlink(missing_ok=True)
-
-
-def table(result: dict[str, Any]) -> str:
-    """Means over clips and their standard deviation, as Markdown; below it what files were left out."""
-    names = list(dict.fromkeys(name for mean in result["means"] for name in mean["scores"]))
-    lines = [["clips", "method", *names]]
-    for mean in result["means"]:
-        size = next(p["size"] for key, p in result["protocols"].items() if key.startswith(f"{mean['stream']}/"))
-        label = f"{mean['stream']} ({mean['clips']} of {size[0]}x{size[1]})"
-        scores, spread = mean["scores"], mean["spread"]
-        cells = (f"{scores[n]:.3f} ± {spread[n]:.3f}" if n in scores else "" for n in names)
-        lines.append([label, mean["method"], *cells])
-    left_out = ""
-    for stream, files in result["files"].items():
-        if files["left_out"]:
-            reasons = ", ".join(f"{number} {reason}" for reason, number in files["left_out"].items())
-            left_out += f"{stream}: {files['used']} of {files['found']} files; left out: {reasons}\n"
-    compression = f"compression: {result['compression']:.4g} numbers of video for one of the latent\n"
-    return f"{markdown(lines)}\n{left_out}{compression}"
+    classify = ClipCategories(validation.weights["clip"], validation.categories)
+    decoder.categories = lambda video: classify(video)  # it is no part of the decoder
+    return {"categories_told_by": {"network": classify.fingerprint, "words": validation.categories}}
 
 
 class SpacesAgree(Callback):
@@ -226,6 +148,73 @@ class SpacesAgree(Callback):
                 )
 
 
+class Bar(Callback):
+    """Clips done and time left; where there is no terminal, a line now and then."""
+
+    def __init__(self, done: int) -> None:
+        self._done = done
+        self._bar: tqdm | None = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
+        if not trainer.is_global_zero:
+            return
+        terminal, data = sys.stderr.isatty(), trainer.datamodule
+        self._bar = tqdm(
+            total=sum(len(stream) for stream in data.streams("val").values()),
+            initial=self._done,
+            unit="clip",
+            mininterval=0.5 if terminal else 20.0,
+            maxinterval=0.5 if terminal else 60.0,
+            ncols=None if terminal else 120,
+        )
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if self._bar is not None:  # other processes are about as far
+            moved = len(outputs["prediction"]) * trainer.world_size
+            self._bar.update(min(moved, self._bar.total - self._bar.n))
+
+    def teardown(self, trainer: Trainer, pl_module: VideoDecoder, stage: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+@dataclass
+class Plan:
+    """What is measured, where its run is, and where the results go."""
+
+    experiment: Experiment
+    run: str  # the run's name
+    home: Path  # the run's folder
+    folder: Path
+
+
+def plan(
+    name: str, overrides: Sequence[str] = (), weights: str | None = None, sets: Sequence[str] | None = None
+) -> Plan:
+    """As for :func:`evaluate`, without doing it. Raises ConfigError for what is no experiment or set."""
+    experiment = load(name, overrides, sets or ())
+    trained = which_run(name, overrides)
+    home = run_dir(name, trained)
+    experiment.data.train = {}  # not read, so it need not be there
+    if sets is not None:
+        experiment.data.val = {named: experiment.data.sets[named] for named in check_sets(name, experiment, sets)}
+    measured = [weights] if weights else []
+    measured += [f"sets={','.join(experiment.data.val)}"] if sets is not None else []
+    measured += _other_metrics(name, experiment, home)
+    defined = ("data.sets",) if sets is not None else ()
+    others = [text for text in overrides if text not in trained or text.startswith(defined)]
+    measured += [more] if (more := run_name("", others, counts=defined)) else []  # last: it may be cut
+    return Plan(experiment, run_name(name, trained), home, home / _short("-".join(["evaluation", *measured])))
+
+
+def evaluation_dir(
+    name: str, overrides: Sequence[str] = (), weights: str | None = None, sets: Sequence[str] | None = None
+) -> Path:
+    """The folder that :func:`evaluate` writes to, given the same; it need not exist. Raises ConfigError."""
+    return plan(name, overrides, weights, sets).folder
+
+
 def evaluate(
     name: str, overrides: Sequence[str] = (), weights: str | None = None, sets: Sequence[str] | None = None
 ) -> dict[str, Any]:
@@ -233,11 +222,12 @@ def evaluate(
 
     Overrides of ``data``, ``pad`` and of what the objective says about evaluation (``MEASURED_ON``) that no run was trained with
     say what the run without them is measured on: ``data.val.unseen.size=[480,832]``. Results of named weights, of other clips or by other
-    metrics (``validation.metrics``, ``validation.references``) go to a folder of their own.
+    metrics (``validation.metrics``, ``validation.references``) go to a folder of their own. Interrupted, the same call goes on.
 
     Args:
         weights: ema, last, best, or start: what training starts from, which needs no run.
-        sets: names of ``data.sets``, which take the place of ``data.val``.
+        sets: names of ``data.sets`` or of built-in sets (:mod:`datamodules.named`), which take the place of ``data.val``. No file
+            of theirs may be unreadable, unless ``data.max_bad_share`` is given.
 
     Raises:
         ConfigError: no such run, weights, sets or files.
@@ -245,33 +235,35 @@ def evaluate(
     from experiments.train import build, build_data, build_trainer, quiet
 
     quiet()
-    experiment = load(name, overrides)
-    trained = which_run(name, overrides)
-    home = run_dir(name, trained)
-    experiment.data.train = {}  # not read, so it need not be there
-    if sets is not None:
-        experiment.data.val = {named: experiment.data.sets[named] for named in check_sets(name, experiment, sets)}
+    found = plan(name, overrides, weights, sets)
+    experiment, home, folder = found.experiment, found.home, found.folder
+    require_sets(experiment, sets or ())
     require_paths(experiment)
-    file = weights_of.find(experiment, run_name(name, trained), weights)
+    file = weights_of.find(experiment, found.run, weights)
     require_files(experiment)
     experiment.ema = None  # the file holds one set of weights: those are measured
-    decoder = build(experiment)
+    try:
+        decoder = build(experiment)
+        decoder.scorer()  # metrics' weights that are missing are told before any work
+        told_by = take_categories(decoder)
+    except (WeightsNotFound, ValueError) as error:
+        raise ConfigError(f"{error}{another_shape(sets, str(error))}") from None
     about = weights_of.fill(decoder, experiment, file, weights)
-    measured = [weights] if weights else []
-    measured += [f"sets={','.join(experiment.data.val)}"] if sets is not None else []
-    measured += _other_metrics(name, experiment, home)
-    defined = ("data.sets",) if sets is not None else ()
-    others = [text for text in overrides if text not in trained or text.startswith(defined)]
-    measured += [more] if (more := run_name("", others, counts=defined)) else []  # last: it may be cut
-    folder = home / _short("-".join(["evaluation", *measured]))
+    about["sha256"] = weights_of.sha256(Path(file)) if file else weights_of.digest(decoder)
     data = build_data(experiment, home)
-    trainer = build_trainer(experiment, home, [SpacesAgree()], find_unused=False)
+    trainer = build_trainer(experiment, home, [], find_unused=False)
     trainer.logger = None
     try:
-        result = run(trainer, decoder, data, folder, experiment.validation.references, about)
+        resumed = Resumed(folder, identity(experiment, data, about, trainer))
+        resumed.attach(decoder, data)
+        trainer.callbacks += [SpacesAgree(), resumed]
+        trainer.callbacks += [Bar(len(resumed.done))] if experiment.trainer.progress_bar else []
+        said = {"sets": {one: named.read(one).protocol for one in sets if one in named.names()}} if sets else {}
+        result = run(trainer, decoder, data, folder, experiment.validation.references, about, said | told_by)
     except (SourceError, StreamError, TooManyBadFiles, UnreadableClip, NoOtherClip) as error:
         raise ConfigError(str(error)) from None
     if trainer.is_global_zero:
+        resumed.finish()
         shown = f"distance from the reference: {folder / DISTANCE}\n" if result["distance"] else ""
         print(
             f"{file or about['file']} (step {about['step']})\n\n{(folder / TABLE).read_text()}\n{shown}results: {folder}"
@@ -301,20 +293,6 @@ def which_run(name: str, overrides: Sequence[str]) -> list[str]:
     return [text for i, text in enumerate(overrides) if i not in on]
 
 
-def check_sets(name: str, experiment: Experiment, wanted: Sequence[str]) -> list[str]:
-    """The names of the evaluation sets that are asked for. Raises ConfigError for one that there is not."""
-    known = list(getattr(experiment.data, "sets", {}))
-    if not known:
-        raise ConfigError(f"sets: {name} has no named evaluation sets (data.sets)")
-    if odd := [one for one in wanted if one not in known] or ([] if wanted else ["nothing"]):
-        near = get_close_matches(odd[0], known, n=1)
-        raise ConfigError(
-            f"sets: {name} has no evaluation set {odd[0]!r}; {f'did you mean {near[0]}? ' if near else ''}there are "
-            f"{', '.join(known)}"
-        )
-    return list(dict.fromkeys(wanted))
-
-
 def require_files(experiment: Experiment) -> None:
     """Refuse sources that lead nowhere, before a decoder is built. Opens no film. Raises ConfigError."""
     sources = getattr(experiment.data, "sources", {})
@@ -341,12 +319,17 @@ def _other_metrics(name: str, experiment: Experiment, home: Path) -> list[str]:
         found.append(f"metrics={','.join(now.metrics)}")
     if now.references != own["references"]:
         found.append(f"references={str(now.references).lower()}")
+    if now.categories != own.get("categories", []):
+        found.append(f"categories={','.join(now.categories)}")
     return found
 
 
 def main(arguments: list[str]) -> None:
     if not arguments:
         raise ConfigError("name an experiment: make evaluate exp=NAME (make list shows them)")
+    if arguments[0] == "--sets":
+        print(sets_of.listed())
+        return
     name, *rest = arguments
     options = dict(text.split("=", 1) for text in rest if text.startswith(("weights=", "sets=")))
     sets = options.get("sets")

@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoders.backbones.staged import StagedDecoder
+from experiments import board
 from experiments.bench import check_length, choose_arithmetic, device_name, find_device, options
 from experiments.bench_worker import DTYPES, LAYOUTS, Float32Arithmetic
 from experiments.compose import ConfigError, run_cli
 from experiments.config import build_decoder, build_space, load
 from experiments.measured import heading, write
+from experiments.runs import run_dir
 from experiments.show import table
 
 OUTSIDE = "between stages"  # latents denormalised, frames clamped and put together
@@ -81,8 +83,10 @@ def main(arguments: list[str]) -> None:
         )
     name, *overrides = arguments
     config = options([text for text in overrides if text.startswith("profile.")], ProfileConfig, "profile")
-    result = profile(name, tuple(text for text in overrides if not text.startswith("profile.")), config)
+    experiment = tuple(text for text in overrides if not text.startswith("profile."))
+    result = profile(name, experiment, config)
     path = write("profile", result, config.results, config.dtype)
+    board.add_measurement(run_dir(name, experiment), "profile", result, report(result))
     print(report(result), f"\nwritten to {path}", sep="")
 
 

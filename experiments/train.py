@@ -14,17 +14,15 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch.utils.tensorboard.summary import hparams
 
 from decoders.base import VideoDecoder
-from experiments import beside, evaluate
+from experiments import board, compare, evaluate
 from experiments.budget import Budget
 from experiments.callbacks import Progress, Reconstructions, Throughput
 from experiments.checkpoints import LAST, Checkpoints, StreamedCheckpointIO, load_weights, write_atomically
-from experiments.compose import ConfigError, flatten, run_cli
+from experiments.compose import ConfigError, run_cli
 from experiments.config import (
     Experiment,
-    as_dict,
     build_decoder,
     build_space,
     check_decoder,
@@ -144,6 +142,8 @@ def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), call
         parent = find_parent(experiment.init_from, allow_unfinished=experiment.allow_unfinished_parent)
     seed_everything(experiment.seed, verbose=False)
     decoder = build(experiment)
+    if not decoder.terms:
+        raise ConfigError(f"{name} has nothing to train; make evaluate exp={name} weights=start measures it as it is")
     if parent is not None:
         step = load_weights(decoder, parent).get("step", "?")
         say(f"weights of {experiment.init_from}, step {step}: {parent}")
@@ -156,7 +156,7 @@ def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), call
     )
     budget = Budget(experiment.trainer.budget_minutes) if experiment.trainer.budget_minutes else None
     throughput = Throughput()
-    shown = [Progress(throughput)] if experiment.trainer.progress_bar else []
+    shown = [Progress(throughput, budget)] if experiment.trainer.progress_bar else []
     validation = experiment.validation
     pictures = [Reconstructions(validation.num_shown, validation.video_fps)] if validation.num_shown else []
     every = [DataPosition(data), *([budget] if budget else []), throughput, *shown, *pictures, *callbacks, keep]
@@ -168,7 +168,7 @@ def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), call
     trainer.fit(decoder, data, ckpt_path=resume, weights_only=True)
     if trainer.interrupted:
         raise SystemExit(1)
-    finish(experiment, trainer, decoder, data, keep, complete=budget is not None and budget.is_used_up)
+    finish(experiment, trainer, decoder, data, keep, budget)
     return folder
 
 
@@ -202,6 +202,7 @@ def begin(folder: Path, experiment: Experiment, trainer: Trainer, decoder: Video
     text = resolved_yaml(experiment)
     write_atomically(folder / CONFIG, lambda temporary: temporary.write_text(text))
     trainer.logger.experiment.add_text("config", "```yaml\n" + text + "\n```", 0)
+    board.begin(trainer.logger.experiment)
     millions = sum(p.numel() for p in decoder.inference_parameters().values()) / 1e6
     device = torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "CPU"
     say(
@@ -211,11 +212,11 @@ def begin(folder: Path, experiment: Experiment, trainer: Trainer, decoder: Video
 
 
 def finish(
-    experiment: Experiment, trainer: Trainer, decoder: VideoDecoder, data, keep: Checkpoints, complete: bool = False
+    experiment: Experiment, trainer: Trainer, decoder: VideoDecoder, data, keep: Checkpoints, budget: Budget | None
 ) -> None:
     """The last validation's result, in a table, in TensorBoard's HParams tab and in the file that says "complete".
 
-    A run is complete with its last step, or, before that, where its budget of time is used up: ``complete``.
+    A run is complete with its last step, or, before that, where its budget of time is used up.
     """
     kind = "last" if decoder.ema is None else "ema"
     weights = {"kind": kind, "step": trainer.global_step, "file": f"weights-{kind}.safetensors"}
@@ -224,14 +225,20 @@ def finish(
     if not trainer.is_global_zero:
         return
     means = result["means"][0]["scores"]
-    plain = {key: value for key, value in flatten(as_dict(experiment)).items() if isinstance(value, int | float | str)}
-    writer = trainer.logger.experiment._get_file_writer()
-    for summary in hparams(plain, {f"val/{name}": value for name, value in means.items()}):
-        writer.add_summary(summary)
-    trainer.logger.experiment.flush()
-    summary = {"steps": trainer.global_step, "clips_seen": decoder.clips_seen, "minutes": round(keep.seconds / 60, 2)}
-    summary |= {"precision": trainer.precision, "scores": means}
-    if trainer.global_step < experiment.trainer.max_steps and not complete:
+    board.finish(trainer.logger.experiment, experiment, decoder, result["means"], trainer.global_step)
+    summary = {
+        "steps": trainer.global_step,
+        "clips_seen": decoder.clips_seen,
+        "minutes": round((budget or keep).seconds / 60, 2),
+    }
+    summary |= {
+        "precision": trainer.precision,
+        "device": result["device"],
+        "devices": trainer.world_size,
+        "scores": means,
+    }
+    complete = trainer.global_step >= experiment.trainer.max_steps or (budget is not None and budget.is_used_up)
+    if not complete:
         say(f"stopped by trainer.max_minutes={experiment.trainer.max_minutes}; a larger value goes on from here")
     else:
         keep.finish(summary)
@@ -243,7 +250,7 @@ def closing_words(folder: Path, summary: dict[str, Any]) -> str:
     table = folder / "evaluation" / evaluate.TABLE
     return (
         f"\n{table.read_text() if table.is_file() else ''}\n"
-        f"{summary['steps']} steps, {summary['clips_seen']} clips, {summary['minutes']:.1f} minutes "
+        f"{summary['steps']} steps, {summary['clips_seen']} clips, {summary['minutes']:.1f} minutes of training "
         f"({summary['precision']})\n"
         f"results:     {folder / 'evaluation'} (table.md, clips.csv, frames.csv, result.json)\n"
         f"weights:     {folder}\n"
@@ -261,7 +268,7 @@ def main(arguments: list[str]) -> None:
     if experiment.beside:
         if experiment.train_parents:
             train_missing(experiment.beside, overrides)
-        say(beside.table([folder.name, *experiment.beside]))
+        say(compare.beside([folder.name, *experiment.beside]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Which weights a command measures or decodes with: a run's (EMA, last, best), or those that its training starts from."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from decoders.base import VideoDecoder
 from experiments.checkpoints import load_weights
@@ -33,6 +36,21 @@ def find(experiment: Experiment, run: str, weights: str | None) -> str | None:
     if experiment.init_from:
         return str(find_parent(experiment.init_from, allow_unfinished=experiment.allow_unfinished_parent))
     return None
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes, as ``sha256sum`` prints it."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def digest(decoder: VideoDecoder) -> str:
+    """Of what a decoder infers with: names and bytes of its weights. For those that are in no file of ours."""
+    found = hashlib.sha256()
+    for name, tensor in sorted({**decoder.inference_parameters(), **decoder.inference_buffers()}.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def fill(decoder: VideoDecoder, experiment: Experiment, file: str | None, weights: str | None) -> dict[str, Any]:

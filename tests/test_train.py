@@ -1,6 +1,7 @@
 """Training end to end, in process: resuming, stopping, stages, divergence, a full disk. Small runs of the debug experiments."""
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -284,10 +285,14 @@ def test_a_run_is_measured_on_other_clips_than_it_validated_on(runs_root: Path) 
     folder = run("flashdecoder_debug", "trainer.max_steps=2")
     overrides = (*QUICK, "trainer.max_steps=2", "data.val.unseen.num_frames=17")
     result = evaluate.evaluate("flashdecoder_debug", overrides, weights="last")
-    assert result["weights"] == {"kind": "last", "step": 2, "file": "weights-last.safetensors"}
+    file = folder / "weights-last.safetensors"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert result["weights"] == {"kind": "last", "step": 2, "file": file.name, "sha256": digest}
     assert result["protocols"]["unseen/psnr"]["frames"] == [0, 17]
     kept = json.loads((folder / "evaluation" / "result.json").read_text())
     assert kept["protocols"]["unseen/psnr"]["frames"] == [0, 9]
+    assert kept["weights"]["sha256"] == hashlib.sha256((folder / "weights-ema.safetensors").read_bytes()).hexdigest()
+    assert kept["experiment"] == folder.name and kept["seconds"]["decode"] > 0
     assert len(list(folder.glob("evaluation*/result.json"))) == 2
 
 

@@ -1,0 +1,290 @@
+"""The quality half of a comparison: runs' evaluations read, columns checked, rows merged, intervals and differences drawn."""
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decoders.base import DECODER
+from experiments import compare_runs, evaluate
+from experiments.comparison import FLOOR, METHOD, RUN, SPACE, UNITS, Column, Comparison, Row, Run, Score, Stream
+from experiments.compose import ConfigError
+from experiments.runs import runs_root
+from metrics import higher_is_better
+from metrics.intervals import bootstrap, paired
+from metrics.protocol import Protocol, require_same
+
+TEACHER = "teacher"
+SOME, ALL, NONE = "some", "all", "none"
+SAME = 1e-3  # by how large a share scores of one method on one clip may differ and count as measured twice
+
+Clips = dict[tuple[str, str], dict[str, dict[str, float]]]  # (stream, method) -> score's name -> clip -> score
+
+
+@dataclass
+class Evaluation:
+    """What a run's evaluation left in its folder."""
+
+    name: str
+    folder: Path
+    result: dict[str, Any]
+    clips: Clips
+
+    @property
+    def protocols(self) -> dict[str, Protocol]:
+        """``<stream>/<score's name>`` -> protocol, of the decoder's rows."""
+        return {column: Protocol.from_dict(values) for column, values in self.result["protocols"].items()}
+
+    @property
+    def streams(self) -> set[str]:
+        return {column.partition("/")[0] for column in self.result["protocols"]}
+
+
+def read(name: str, sets: Sequence[str] | None = None, overrides: Sequence[str] = ()) -> Evaluation:
+    """A run's evaluation; measured now where there is none of the weights that the run has. Raises ConfigError.
+
+    ``overrides`` say what is measured and how (``validation.metrics=[...]``), as `make evaluate` takes them.
+    """
+    run, kind = compare_runs.split(name)
+    stem, folder, typed = compare_runs.stem(name), runs_root() / run / "evaluation", None
+    if sets is not None or overrides or kind:
+        typed = [*compare_runs.overrides_of(name), *overrides]
+        folder = evaluate.evaluation_dir(stem, typed, kind, sets)
+    path, step = folder / evaluate.RESULT, compare_runs.newest_step(name)
+    result = json.loads(path.read_text()) if path.is_file() else None
+    if result is None or step not in (None, result["weights"]["step"]):
+        print(f"compare: {name} is evaluated first", file=sys.stderr)
+        result = evaluate.evaluate(stem, compare_runs.overrides_of(name) if typed is None else typed, kind, sets)
+    return Evaluation(name, folder, result, _clips(folder / evaluate.CLIPS))
+
+
+def _clips(path: Path) -> Clips:
+    """Scores that are numbers; one that is NaN, or empty, is none."""
+    found: Clips = {}
+    with open(path, newline="") as file:
+        for line in csv.DictReader(file):
+            scores = found.setdefault((line["stream"], line["method"]), {})
+            for name, text in line.items():
+                if (value := _number(text)) is not None:
+                    scores.setdefault(name, {})[line["key"]] = value
+    return found
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "nan")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+# --- columns ------------------------------------------------------------------------------------------------------------
+
+
+def columns(evaluations: Sequence[Evaluation]) -> tuple[list[Stream], list[Column]]:
+    """The streams and columns that the runs have, each measured alike in all runs that have it.
+
+    Raises ConfigError that names the fields that differ and says which runs can be compared.
+    """
+    found: dict[str, dict[str, Protocol]] = {}
+    for evaluation in evaluations:
+        for column, protocol in evaluation.protocols.items():
+            found.setdefault(column, {})[evaluation.name] = protocol
+    for column, protocols in found.items():
+        try:
+            require_same(protocols)
+        except ValueError as error:
+            raise ConfigError(f"{column}: {error}\n{_groups(protocols)}") from None
+    if len(evaluations) > 1 and not set.intersection(*(each.streams for each in evaluations)):
+        told = "\n  ".join(f"{each.name}: {', '.join(sorted(each.streams))}" for each in evaluations)
+        raise ConfigError(f"these runs were evaluated on no clips in common; their streams are\n  {told}")
+    named = dict.fromkeys(column.partition("/")[0] for column in found)
+    clips = {stream: _keys(evaluations, stream) for stream in named}
+    streams = [_stream(name, next(p for c, p in _of(found, name)), clips[name]) for name in named]
+    return streams, [_column(id, p, evaluations) for stream in named for id, p in _of(found, stream)]
+
+
+def _of(found: dict[str, dict[str, Protocol]], stream: str) -> list[tuple[str, Protocol]]:
+    return [(id, next(iter(p.values()))) for id, p in found.items() if id.partition("/")[0] == stream]
+
+
+def _keys(evaluations: Iterable[Evaluation], stream: str) -> list[str]:
+    scores = next(each.clips[stream, DECODER] for each in evaluations if (stream, DECODER) in each.clips)
+    return sorted(set().union(*(clips.keys() for clips in scores.values())))
+
+
+def _stream(name: str, protocol: Protocol, keys: list[str]) -> Stream:
+    frames = protocol.frames[1] - protocol.frames[0]
+    return Stream(name, len(keys), frames, list(protocol.size), protocol.frame_stride, protocol.resize, keys)
+
+
+def _column(id: str, protocol: Protocol, evaluations: Sequence[Evaluation]) -> Column:
+    stream, _, name = id.partition("/")
+    metric = name.removesuffix(f"_{protocol.definition.get('only_frames', '')}")
+    per_clip = any(name in scores for e in evaluations for (s, _), scores in e.clips.items() if s == stream)
+    unit = UNITS.get(metric.partition("_")[0], "")
+    return Column(
+        id=id,
+        stream=stream,
+        name=name,
+        metric=metric,
+        higher_is_better=higher_is_better(name),
+        unit=unit,
+        digits=2 if unit or not per_clip else 4,
+        per_clip=per_clip,
+        protocol=protocol.measured(),
+    )
+
+
+def _groups(protocols: dict[str, Protocol]) -> str:
+    """Which of these runs may stand in one table."""
+    groups: dict[str, list[str]] = {}
+    for name, protocol in protocols.items():
+        groups.setdefault(protocol.measured_hash(), []).append(name)
+    told = [f'make compare exps="{" ".join(names)}"' for names in groups.values() if len(names) > 1]
+    alone = [names[0] for names in groups.values() if len(names) == 1]
+    if not told:
+        return "no two of these runs were measured alike"
+    return "these can be compared: " + "; ".join(told + [f"like none of the others: {', '.join(alone)}"] * bool(alone))
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------------
+
+
+def rows(
+    evaluation: Evaluation, run: Run, table: Sequence[Column], references: Iterable[str], methods: str
+) -> list[Row]:
+    """The run's decoder first, then its other methods as ``methods`` asks. ``references``: names of its space's own."""
+    found, references = [], list(references)
+    means = {(m["stream"], m["method"]): m["scores"] for m in evaluation.result["means"]}
+    for method in dict.fromkeys(method for _, method in means):
+        kind = RUN if method == DECODER else _kind(method, references)
+        if kind != RUN and (methods == NONE or (methods == SOME and kind == METHOD and method != TEACHER)):
+            continue
+        row = Row(
+            id=run.name if kind == RUN else f"{run.name}: {method}",
+            label=run.name if kind == RUN else f"{run.name}: {method}",
+            run=run.name,
+            runs=[run.name],
+            method=method,
+            kind=kind,
+            scores={},
+            clips={},
+            made=_made(evaluation, method) if kind in (RUN, METHOD) else {},
+            parameters=run.parameters if kind == RUN else None,
+            compression=run.compression if kind in (RUN, METHOD, SPACE) else None,
+        )
+        for column in table:
+            clips = evaluation.clips.get((column.stream, method), {}).get(column.name)
+            if column.per_clip and clips:
+                row.clips[column.id] = clips
+                row.scores[column.id] = _score(list(clips.values()))
+            elif not column.per_clip and (mean := means.get((column.stream, method), {}).get(column.name)) is not None:
+                number = len(evaluation.clips.get((column.stream, method), {}).get("frames", {}))
+                row.scores[column.id] = Score(mean, None, None, number)
+        if row.scores:
+            found.append(row)
+    return found
+
+
+def _kind(method: str, references: Sequence[str]) -> str:
+    if method not in references:
+        return METHOD
+    return SPACE if method.endswith("space's own decoder") else FLOOR
+
+
+def _made(evaluation: Evaluation, method: str) -> dict[str, Any]:
+    """How the pixels were made; what differs between streams (a task) is left out."""
+    every = [protocol.made() for protocol in evaluation.protocols.values()]
+    shared = {key: value for key, value in every[0].items() if all(made.get(key) == value for made in every)}
+    return shared if method == DECODER else {key: shared[key] for key in ("dtype", "latent_space") if key in shared}
+
+
+def _score(values: list[float]) -> Score:
+    mean, low, high = bootstrap(values)
+    return Score(mean, *(None if math.isnan(bound) else bound for bound in (low, high)), clips=len(values))
+
+
+def merged(found: Sequence[Row], several: bool) -> list[Row]:
+    """Runs first, the baseline before the others, then methods, spaces' decoders and floors. A method that scored the same in
+    several runs (a floor, a teacher) stands once."""
+    kept: list[Row] = []
+    for row in found:
+        twin = next((k for k in kept if k.kind != RUN and k.method == row.method and _alike(k, row)), None)
+        if twin is None:
+            kept.append(row)
+            continue
+        twin.runs += row.runs
+        twin.id = twin.label = twin.method
+        for column in row.scores.keys() - twin.scores.keys():
+            twin.scores[column], twin.clips[column] = row.scores[column], row.clips.get(column, {})
+    for row in kept:
+        if (
+            not several
+            and row.kind != RUN
+            or row.kind in (FLOOR, SPACE)
+            and sum(k.method == row.method for k in kept) == 1
+        ):
+            row.id = row.label = row.method
+    return sorted(kept, key=lambda row: (RUN, METHOD, SPACE, FLOOR).index(row.kind))
+
+
+def _alike(a: Row, b: Row) -> bool:
+    shared = a.clips.keys() & b.clips.keys()
+    pairs = [(a.clips[c][key], b.clips[c][key]) for c in shared for key in a.clips[c].keys() & b.clips[c].keys()]
+    return bool(pairs) and all(abs(x - y) <= SAME * max(abs(x), abs(y), 0.1) for x, y in pairs)
+
+
+# --- differences --------------------------------------------------------------------------------------------------------
+
+
+def differences(comparison: Comparison) -> None:
+    """Every row minus the baseline run's, on the clips that both have."""
+    base = comparison.row(comparison.baseline)
+    for row in comparison.rows:
+        for column, score in row.scores.items():
+            if row is base or column not in base.scores:
+                continue
+            ours, theirs = row.clips.get(column, {}), base.clips.get(column, {})
+            if ours.keys() & theirs.keys():
+                score.delta = [None if math.isnan(value) else value for value in paired(ours, theirs)]
+            elif not ours and not theirs:  # a score of all clips together
+                score.delta = [score.mean - base.scores[column].mean, None, None]
+
+
+def mark_best(comparison: Comparison) -> None:
+    """The best run of every column, and with it all whose paired difference from it has an interval that holds zero.
+
+    Nothing is best of a column that has one run, or fewer than two clips to tell from.
+    """
+    for column in comparison.columns:
+        own = [row for row in comparison.own_rows() if column.id in row.scores]
+        if len(own) < 2:
+            continue
+        best = (max if column.higher_is_better else min)(own, key=lambda row: row.scores[column.id].mean)
+        if not column.per_clip:
+            best.scores[column.id].best = True
+            continue
+        if len(best.clips[column.id]) < 2:
+            continue
+        for row in own:
+            _, low, high = paired(row.clips[column.id], best.clips[column.id])
+            row.scores[column.id].best = row is best or low <= 0 <= high
+
+
+def shares(comparison: Comparison) -> None:
+    """For runs that were evaluated beside a teacher: their PSNR as a share of its, by stream."""
+    for row in comparison.own_rows():
+        if (teacher := teacher_of(comparison, row)) is not None:
+            for column in comparison.columns:
+                if column.name == "psnr" and column.id in row.scores and column.id in teacher.scores:
+                    row.share[column.stream] = row.scores[column.id].mean / teacher.scores[column.id].mean
+
+
+def teacher_of(comparison: Comparison, row: Row) -> Row | None:
+    """The row of the teacher that a run was evaluated beside."""
+    return next((r for r in comparison.rows if r.method == TEACHER and row.run in r.runs), None)

@@ -1,0 +1,45 @@
+"""Evaluations and runs made by hand, for tests of what a comparison does with them."""
+
+from pathlib import Path
+
+from decoders.base import DECODER
+from experiments.compare_scores import Evaluation
+from experiments.comparison import Run
+from metrics.protocol import Protocol, clip_list_hash
+
+
+def protocol(metric: str = "psnr", clips: str = "abc", **changes) -> Protocol:
+    settings = dict(
+        metric=metric, frames=(0, 9), frame_stride=1, size=(32, 48), resize="crop", clips=clip_list_hash(clips),
+        num_clips=len(clips), dtype="32-true", latent_space="dct-1", definition={"peak": 1.0},
+    )  # fmt: skip
+    return Protocol(**settings | changes)
+
+
+def evaluation(name: str, methods: dict[str, dict[str, dict[str, float]]], of_all=None, **changes) -> Evaluation:
+    """``methods``: method -> metric -> clip (a letter) -> score, on the stream "s"; ``of_all``: method -> set metric -> score."""
+    of_all = of_all or {}
+    metrics = {m: sorted(scores) for m, scores in methods[DECODER].items()}
+    protocols = {f"s/{m}": protocol(m, "".join(keys), **changes).to_dict() for m, keys in metrics.items()}
+    letters = next(iter(metrics.values()))
+    protocols |= {f"s/{m}": protocol(m, "".join(letters), **changes).to_dict() for m in of_all.get(DECODER, {})}
+    means = [
+        {
+            "stream": "s",
+            "method": method,
+            "clips": len(letters),
+            "scores": dict.fromkeys(scores, 0.0) | of_all.get(method, {}),
+        }
+        for method, scores in methods.items()
+    ]
+    result = {"means": means, "protocols": protocols, "compression": 64.0, "device": "cpu"}
+    clips = {("s", method): {"frames": dict.fromkeys(letters, 9.0)} | scores for method, scores in methods.items()}
+    return Evaluation(name, Path("/nowhere"), result, clips)
+
+
+def run(name: str) -> Run:
+    return Run(
+        name=name, experiment=name, family="f", header="", run_folder="/nowhere", folder="/nowhere", parameters=1000,
+        compression=64.0, latent_space="dct", fingerprint=f"dct-{name}", start="from scratch", parents=[], finished=True,
+        weights={"kind": "last", "step": 1}, evaluated="2026-01-01", evaluated_on="cpu",
+    )  # fmt: skip

@@ -1,0 +1,223 @@
+"""What a comparison does with scores: columns of one protocol, paired differences, what is best, what is shown once."""
+
+import math
+
+import pytest
+from compare_small import evaluation, run
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from experiments import compare_plots, compare_scores, compare_table
+from experiments.comparison import FLOOR, METHOD, RUN, SPACE, Comparison, Speed
+from experiments.compose import ConfigError
+from metrics.intervals import bootstrap
+
+FLOORS = ("mean colour of the clip", "the dct space's own decoder")
+A = {"a": 20.0, "b": 25.0, "c": 30.0}
+FLOOR_SCORES = {"a": 10.0, "b": 11.0, "c": 12.0}
+
+
+def shifted(by: float, **changes: float) -> dict[str, float]:
+    return {key: value + by for key, value in A.items()} | changes
+
+
+def compared(*evaluations, methods: str = "some") -> Comparison:
+    streams, columns = compare_scores.columns(evaluations)
+    runs = [run(each.name) for each in evaluations]
+    rows = [
+        row
+        for each, about in zip(evaluations, runs, strict=True)
+        for row in compare_scores.rows(each, about, columns, FLOORS, methods)
+    ]
+    comparison = Comparison(
+        title="t", command="c", date="2026-01-01", baseline=runs[0].name, sets=None, versions={"torch": "2"}, machine={},
+        runs=runs, streams=streams, columns=columns, rows=compare_scores.merged(rows, len(runs) > 1),
+    )  # fmt: skip
+    compare_scores.differences(comparison)
+    compare_scores.mark_best(comparison)
+    compare_scores.shares(comparison)
+    comparison.notes = compare_table.notes(comparison)
+    return comparison
+
+
+def test_means_intervals_and_paired_differences():
+    comparison = compared(evaluation("x", {"decoder": {"psnr": A}}), evaluation("y", {"decoder": {"psnr": shifted(1)}}))
+    x, y = (comparison.row(name).scores["s/psnr"] for name in "xy")
+    assert (x.mean, x.low, x.high) == pytest.approx(bootstrap([20.0, 25.0, 30.0]))
+    assert x.delta is None and y.delta == pytest.approx(
+        [1, 1, 1]
+    )  # every clip is one better: no doubt, though intervals overlap
+    assert x.high > y.low and (x.best, y.best) == (False, True)
+
+
+def test_ties_are_marked_together_and_the_lower_may_be_better():
+    near = {"a": 20.5, "b": 24.4, "c": 30.2}
+    three = [("x", A), ("y", near), ("z", shifted(-3))]
+    comparison = compared(*(evaluation(name, {"decoder": {"psnr": s, "lpips_alex": s}}) for name, s in three))
+    best = {c: [row.id for row in comparison.rows if row.scores[c].best] for c in ("s/psnr", "s/lpips_alex")}
+    assert best == {"s/psnr": ["x", "y"], "s/lpips_alex": ["z"]}
+    alone = compared(evaluation("x", {"decoder": {"psnr": A}}))
+    assert not alone.row("x").scores["s/psnr"].best
+    one_clip = compared(*(evaluation(name, {"decoder": {"psnr": {"a": v}}}) for name, v in (("x", 1.0), ("y", 2.0))))
+    score = one_clip.row("y").scores["s/psnr"]
+    assert (score.low, score.high, score.best, score.delta) == (None, None, False, [1.0, None, None])
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"size": (64, 48)}, "size"),
+        ({"frames": (0, 17)}, "frames"),
+        ({"resize": "area"}, "resize"),
+        ({"frame_stride": 2}, "frame_stride"),
+        ({"definition": {"peak": 2.0}}, r"definition\.peak"),
+    ],
+)
+def test_what_was_measured_otherwise_is_refused(change, field):
+    same = [evaluation(name, {"decoder": {"psnr": A}}) for name in ("x", "y")]
+    with pytest.raises(ConfigError, match=rf'(?s)s/psnr: .*z: {field} is.*exps="x y".*none of the others: z'):
+        compared(*same, evaluation("z", {"decoder": {"psnr": A}}, **change))
+    with pytest.raises(ConfigError, match="no two of these runs were measured alike"):
+        compared(same[0], evaluation("z", {"decoder": {"psnr": A}}, **change))
+
+
+def test_other_clips_are_refused_and_so_are_other_streams():
+    other = evaluation("y", {"decoder": {"psnr": {"a": 1.0, "b": 1.0, "d": 1.0}}})
+    with pytest.raises(ConfigError, match="y: clips is"):
+        compared(evaluation("x", {"decoder": {"psnr": A}}), other)
+    apart = evaluation("y", {"decoder": {"psnr": A}})
+    apart.result["protocols"] = {"elsewhere/psnr": apart.result["protocols"]["s/psnr"]}
+    with pytest.raises(ConfigError, match=r"(?s)no clips in common.*x: s\n.*y: elsewhere"):
+        compared(evaluation("x", {"decoder": {"psnr": A}}), apart)
+
+
+def test_how_pixels_were_made_may_differ_and_is_shown():
+    made = {"dtype": "bf16-mixed", "latent_space": "wan-2", "definition": {"peak": 1.0, "decoding": {"steps": 4}}}
+    comparison = compared(
+        evaluation("x", {"decoder": {"psnr": A}}), evaluation("y", {"decoder": {"psnr": shifted(1)}}, **made)
+    )
+    assert comparison.row("y").made == {"dtype": "bf16-mixed", "latent_space": "wan-2", "steps": 4}
+    assert "bf16-mixed; wan-2; steps=4" in compare_table.render(comparison, "txt")
+    assert "different latents" in " ".join(comparison.notes)
+
+
+def test_a_floor_that_runs_share_stands_once_and_others_stay_apart():
+    def methods(offset: float, floor: float = 0.0):
+        lowest = {key: value + floor for key, value in FLOOR_SCORES.items()}
+        others = {"teacher": {"psnr": shifted(5 + offset)}, "2 steps": {"psnr": A}, FLOORS[0]: {"psnr": lowest}}
+        return {"decoder": {"psnr": shifted(offset)}} | others
+
+    comparison = compared(evaluation("x", methods(0)), evaluation("y", methods(1, floor=0.001)))
+    assert [(row.id, row.kind) for row in comparison.rows] == [
+        ("x", RUN), ("y", RUN), ("x: teacher", METHOD), ("y: teacher", METHOD), (FLOORS[0], FLOOR),
+    ]  # fmt: skip
+    assert comparison.rows[-1].runs == ["x", "y"]
+    assert comparison.row("x").share == {"s": pytest.approx(25 / 30)}
+    assert len(compared(evaluation("x", methods(0)), methods="none").rows) == 1
+    every = compared(evaluation("x", methods(0)), evaluation("y", methods(1, floor=3)), methods="all")
+    assert [row.id for row in every.rows[2:]] == [
+        "x: teacher", "2 steps", "y: teacher", f"x: {FLOORS[0]}", f"y: {FLOORS[0]}",
+    ]  # fmt: skip
+
+
+def test_the_spaces_own_decoder_is_known_by_its_name():
+    comparison = compared(evaluation("x", {"decoder": {"psnr": A}, FLOORS[1]: {"psnr": shifted(2)}}))
+    assert (comparison.rows[1].kind, comparison.rows[1].label) == (SPACE, FLOORS[1])
+    assert comparison.rows[1].made == {}
+
+
+def test_scores_of_all_clips_together_have_no_interval():
+    of_all = [{"decoder": {"fvd_i3d_16f_n3": value}} for value in (90.0, 70.0)]
+    comparison = compared(
+        *(evaluation(n, {"decoder": {"psnr": A}}, of_all=o) for n, o in zip("xy", of_all, strict=True))
+    )
+    x, y = (comparison.row(name).scores["s/fvd_i3d_16f_n3"] for name in "xy")
+    assert (x.low, x.clips, x.best) == (None, 3, False) and y.best and y.delta == [-20.0, None, None]
+    assert not comparison.column("s", "fvd_i3d_16f_n3").per_clip
+    assert "says nothing of chance" in " ".join(comparison.notes)
+
+
+def test_a_method_of_fewer_clips_says_so():
+    fewer = {"decoder": {"psnr": A}, "teacher": {"psnr": {"a": 21.0, "b": 26.0}}}
+    comparison = compared(evaluation("x", fewer))
+    assert comparison.row("teacher").scores["s/psnr"].delta == pytest.approx([1, 1, 1]), "on the clips that both have"
+    assert "teacher was scored on 2 of the 3 clips of s." in comparison.notes
+
+
+def test_clips_without_a_score_are_left_out(tmp_path):
+    (tmp_path / "clips.csv").write_text(
+        "stream,key,method,frames,psnr,jump,category\ns,a,decoder,1,20.5,nan,street\ns,b,decoder,9,21.5,0.5,\n"
+    )
+    scores = compare_scores._clips(tmp_path / "clips.csv")["s", "decoder"]
+    assert scores["psnr"] == {"a": 20.5, "b": 21.5} and scores["jump"] == {"b": 0.5} and "category" not in scores
+
+
+def test_worst_clips_are_those_with_the_worst_scores():
+    other = {"a": 26.0, "b": 24.0, "c": 29.0}
+    comparison = compared(
+        *(evaluation(n, {"decoder": {"psnr": s, "lpips_alex": s}}) for n, s in (("x", A), ("y", other)))
+    )
+    found = compare_table.worst_clips(comparison, "s/psnr", "y", 2)
+    assert found == [{"key": "b", "score": 24.0, "delta": -1.0}, {"key": "a", "score": 26.0, "delta": 6.0}]
+    assert compare_table.worst_clips(comparison, "s/lpips_alex", "x", 1) == [{"key": "c", "score": 30.0, "delta": None}]
+
+
+def test_latex_prints_what_stands_there():
+    assert compare_table.escape("a_b & 50 % of {x}^2 ~ \\n #1 $") == (
+        r"a\_b \& 50 \% of \{x\}\textasciicircum{}2 \textasciitilde{} \textbackslash{}n \#1 \$"
+    )
+    assert compare_table.escape("[1, 2]") == "{[}1, 2{]}"
+    comparison = compared(
+        evaluation("my_run", {"decoder": {"psnr": A}}), evaluation("y", {"decoder": {"psnr": shifted(1)}})
+    )
+    text = compare_table.render(comparison, "tex")
+    assert r"my\_run & 25.00 {[}" in text and r"\textbf{26.00 {[}" in text
+    body = "\n".join(
+        line for line in text.splitlines() if not line.startswith(("%", r"\begin", r"\end", r"\centering"))
+    )
+    unescaped = body.replace(r"\_", "").replace(r"\%", "").replace(r"\&", "")
+    assert "_" not in unescaped and "%" not in unescaped
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    tables = text.count(r"\toprule")
+    assert tables == text.count(r"\bottomrule") == text.count(r"\caption{") and len(rows) > tables
+    assert text.count("{") == text.count("}")
+
+
+def test_the_best_is_bold_in_markdown_and_starred_in_text():
+    comparison = compared(evaluation("x", {"decoder": {"psnr": A}}), evaluation("y", {"decoder": {"psnr": shifted(1)}}))
+    markdown, text = (compare_table.render(comparison, kind) for kind in ("md", "txt"))
+    assert "**26.00 [" in markdown and "**25.00" not in markdown
+    assert (
+        text.splitlines()[3].split("  ")[0] == "y" and "]*" in text.splitlines()[3] and "]*" not in text.splitlines()[2]
+    )
+
+
+def test_no_number_of_a_comparison_is_nan():
+    comparison = compared(
+        evaluation("x", {"decoder": {"psnr": {"a": 1.0}}}), evaluation("y", {"decoder": {"psnr": {"a": 2.0}}})
+    )
+    again = Comparison.from_dict(comparison.to_dict())
+    assert again == comparison
+    flat = [v for row in again.rows for s in row.scores.values() for v in (s.mean, s.low, s.high, *(s.delta or []))]
+    assert not any(isinstance(value, float) and math.isnan(value) for value in flat)
+
+
+def test_labels_of_close_points_do_not_cover_one_another():
+    names = [f"compare_family_{number}" for number in range(6)]
+    comparison = compared(*(evaluation(n, {"decoder": {"psnr": shifted(0.1 * i)}}) for i, n in enumerate(names)))
+    comparison.machine = {
+        "device": "a machine",
+        "threads": 2,
+        "dtype": "float32",
+        "rounds": 1,
+        "others_cpu_share": None,
+    }
+    for number, row in enumerate(comparison.rows):
+        fps = 20.0 + number
+        row.speed = Speed("s", 9, [32, 48], [9 / fps], fps, 0.9 * fps, 1.1 * fps)
+    figure = compare_plots._against_speed(comparison)["fps_psnr"]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in figure.axes[0].texts]
+    assert [text.get_text() for text in figure.axes[0].texts] == names
+    assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    assert figure.axes[0].get_xscale() == "log" and "3 clips of 9 frames" in figure.get_suptitle()

@@ -19,6 +19,7 @@ from metrics.base import Metric, SetMetric
 
 Method = Callable[[VideoBatch], Tensor | None]
 Row = dict[str, Any]  # one clip by one method: stream, key, frames, height, width and the clip's score by every metric
+TRUTH = "truth"  # the clips themselves as a method: scored by what has a value of its own for them, by nothing else
 DECODER = "decoder"  # the method's name in rows that are the decoder's own
 DECODE = "decode"  # in the seconds: the decoder's own decoding, beside what each metric took
 PER_FRAME = "per_frame"  # in a row: metric -> the score of every frame; in_<group> -> 1 for every frame in it, else 0
@@ -100,6 +101,8 @@ class Scorer:
         features: dict[str, dict[str, Tensor]] = {}
         before = dict(self.seconds)
         for metric in self.metrics:
+            if method == TRUTH and not metrics.truth_has_value(metric.name):
+                continue
             with self.timed(metric.name, shown.device):
                 if isinstance(metric, SetMetric):
                     kept = shown if clips.mask is None else torch.where(clips.mask > 0, shown, clips.video)
@@ -110,7 +113,7 @@ class Scorer:
                     scores[metric.name] = metric(shown, clips.video, clips.mask).cpu()
         if method != DECODER:
             self.seconds = before
-        for index in range(len(clips.keys)):
+        for index in range(len(clips.keys) if scores or features else 0):
             self.rows.append(self._row(method, clips, index, scores, features))
 
     def _row(self, method: str, clips: Clips, index: int, scores: dict[str, Tensor], features: dict) -> Row:

@@ -14,7 +14,7 @@ from experiments import compare_runs, evaluate
 from experiments.comparison import FLOOR, METHOD, RUN, SPACE, UNITS, Column, Comparison, Row, Run, Score, Stream
 from experiments.compose import ConfigError
 from experiments.runs import runs_root
-from metrics import higher_is_better
+from metrics import higher_is_better, truth_has_value
 from metrics.intervals import bootstrap, paired
 from metrics.protocol import Protocol, require_same
 
@@ -259,11 +259,12 @@ def differences(comparison: Comparison) -> None:
 def mark_best(comparison: Comparison) -> None:
     """The best run of every column, and with it all whose paired difference from it has an interval that holds zero.
 
-    Nothing is best of a column that has one run, or fewer than two clips to tell from.
+    Nothing is best of a column that has one run, or fewer than two clips to tell from, and of what the truth has a value of
+    its own for (flicker): less than the truth's is no merit.
     """
     for column in comparison.columns:
         own = [row for row in comparison.own_rows() if column.id in row.scores]
-        if len(own) < 2:
+        if len(own) < 2 or truth_has_value(column.name):
             continue
         best = (max if column.higher_is_better else min)(own, key=lambda row: row.scores[column.id].mean)
         if not column.per_clip:

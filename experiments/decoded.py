@@ -23,6 +23,7 @@ from torch import Tensor
 
 from datamodules.batch import VideoBatch
 from decoders.base import DECODER, VideoDecoder
+from decoders.scoring import TRUTH
 from experiments import compare_runs, evaluate
 from experiments import weights as weights_of
 from experiments.callbacks import to_uint8
@@ -32,7 +33,6 @@ from experiments.config import Experiment, require_paths
 
 Frames = UInt8[np.ndarray, "t h w 3"]
 Clips = dict[str, dict[str, Frames]]  # clip -> method -> its frames
-TRUTH = "truth"
 FOLDER = "frames"  # in the evaluation's folder
 ABOUT = "about.json"
 FLOORS = ("mean colour of the clip", "one colour per ")  # scored, and nothing to look at

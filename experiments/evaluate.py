@@ -35,6 +35,7 @@ from datamodules.streams import StreamError
 from decoders.base import DECODER, Method, VideoDecoder
 from decoders.latent_spaces.base import LatentSpace, pad_to_valid
 from decoders.latent_spaces.dct import dc_decode
+from decoders.scoring import TRUTH
 from experiments import categories, distance
 from experiments import sets as sets_of
 from experiments import weights as weights_of
@@ -82,8 +83,11 @@ def reference_methods(space: LatentSpace) -> dict[str, Method]:
         video = space.decode(batch["latent"])  # None: what was encoded is not the clip, but every second frame, say
         return video[:, :, :t, :h, :w] if video.shape[2] >= t else None
 
+    def truth(batch: VideoBatch) -> Tensor:
+        return batch["video"]
+
     cell = f"one colour per {space.stride_hw}x{space.stride_hw}x{space.stride_t} cell"
-    methods = {"mean colour of the clip": mean_colour, cell: cell_colour}
+    methods = {TRUTH: truth, "mean colour of the clip": mean_colour, cell: cell_colour}
     return methods | ({f"the {space.name} space's own decoder": own_decoder} if hasattr(space, "decode") else {})
 
 

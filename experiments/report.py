@@ -243,7 +243,7 @@ def methods_of(
         for row in comparison.rows:
             if row.run == run.name and row.kind != FLOOR and row.method in frames:
                 found[row.id] = (row.label, frames[row.method])
-    order = [TRUTH, *(row.id for row in comparison.rows)]
+    order = list(dict.fromkeys([TRUTH, *(row.id for row in comparison.rows)]))
     return {id: found[id] for id in sorted(found, key=order.index)}
 
 

@@ -53,6 +53,9 @@ def build(
     return [_build(name, files) for name in names]
 
 
+_OF_TRUTH = ("flicker", "tlpips_alex", "warp_dis", "warp_raft", "clip_consistency")
+
+
 def higher_is_better(column: str) -> bool:
     """Which way is up in a column: a metric's name, or one with a suffix (``psnr_others``, ``fvd_i3d_16f_n120``).
 
@@ -64,6 +67,12 @@ def higher_is_better(column: str) -> bool:
         if column == name or column.startswith(f"{name}_"):
             return _HIGHER[name]
     raise ValueError(f"no metric has the column {column!r}; metrics are {[*NAMES, *FVD_NAMES]}")
+
+
+def truth_has_value(column: str) -> bool:
+    """Whether the truth itself has a score worth a row: of what looks at the prediction's own change over time, less is not
+    better but by leave of the truth's."""
+    return any(column == name or column.startswith(f"{name}_") for name in _OF_TRUTH)
 
 
 def _files(weights: Mapping[str, _Path] | _Path | None) -> dict[str, _Path]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from decoders import scoring
-from decoders.scoring import BROKEN, DECODE, DECODER, FEATURES, PER_FRAME, Clips, Scorer, selected
+from decoders.scoring import BROKEN, DECODE, DECODER, FEATURES, PER_FRAME, TRUTH, Clips, Scorer, selected
 from decoders.training import ValidationConfig
 from experiments import evaluate
 from experiments.checkpoints import save_weights
@@ -187,3 +187,15 @@ def test_a_long_clip_is_told_frame_by_frame(runs_root) -> None:
     assert result["experiment"] == NAME and result["weights"]["step"] == 3 and len(result["weights"]["sha256"]) == 64
     assert result["seconds"].keys() == {"decode", "psnr", "jump"}
     assert "time: decoding" in (folder / "table.md").read_text()
+
+
+def test_the_truth_is_scored_where_it_has_a_value_of_its_own() -> None:
+    video = torch.rand(1, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    clips = Clips.of({"video": video, "key": ["a"]}, {}, 0)
+    scorer = Scorer(ValidationConfig(metrics=["psnr", "flicker"]))
+    scorer.score(TRUTH, video, clips)
+    assert scorer.rows[0]["flicker"] == pytest.approx((video.diff(dim=2).abs() / 2).mean().item(), rel=1e-5)
+    assert "psnr" not in scorer.rows[0], "100 dB would say nothing"
+    scorer = Scorer(ValidationConfig(metrics=["psnr"]))
+    scorer.score(TRUTH, video, clips)
+    assert not scorer.rows

@@ -18,7 +18,7 @@ from datamodules.batch import VideoBatch, batch_size
 from decoders import optimisation
 from decoders.ema import Ema
 from decoders.latent_spaces.base import LatentSpace, pad_to_valid
-from decoders.scoring import DECODE, DECODER, PER_FRAME, Clips, Method, Row, Scorer, selected
+from decoders.scoring import DECODE, DECODER, PER_FRAME, Clips, Method, Row, Scorer, named_groups, selected
 from decoders.training import TrainingConfig, check_loss_weights, loss_weight
 
 __all__ = ["DECODER", "PER_FRAME", "Method", "Row", "VideoDecoder", "key_seed"]
@@ -277,7 +277,8 @@ class VideoDecoder(LightningModule):
         batch, scorer = self.with_latent(batch), self.scorer()
         with scorer.timed(DECODE, self.device):
             prediction = torch.cat([self._decode_clip(batch, index) for index in range(batch_size(batch))])
-        clips = Clips.of(batch, self.frame_groups(batch), dataloader_idx)
+        groups = named_groups(batch, self.training_config.validation.groups) | self.frame_groups(batch)
+        clips = Clips.of(batch, groups, dataloader_idx)
         clips.categories = self.categories(clips.video) if self.categories else None
         scorer.score(DECODER, prediction, clips)
         for method, reference in self.references.items():

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -25,6 +25,7 @@ DECODE = "decode"  # in the seconds: the decoder's own decoding, beside what eac
 PER_FRAME = "per_frame"  # in a row: metric -> the score of every frame; in_<group> -> 1 for every frame in it, else 0
 FEATURES = "features"  # in a row: metric of sets -> {"real": "windows d", "fake": "windows d"}
 CATEGORY = "category"  # in a row, where clips have categories: the clip's
+SCORED = "scored"  # in a row: places in the delivered clip of the frames that are scored, where it is not all of them
 BROKEN = "broken"  # in a row whose prediction is not finite everywhere: the metrics that have no number therefore
 
 
@@ -35,6 +36,18 @@ def selected(batch: VideoBatch, keep: Sequence[int]) -> VideoBatch:
     places = torch.tensor(keep, dtype=torch.long)
     parts = {name: part[places.to(part.device)] for name, part in batch.items() if isinstance(part, Tensor)}
     return {**batch, **parts, "key": [batch["key"][i] for i in keep]}
+
+
+def named_groups(batch: VideoBatch, ranges: Mapping[str, Sequence[int]]) -> dict[str, Bool[Tensor, "b t"]]:
+    """Frames [from, to) of every clip, by name; those of which these clips have none, or all, are left out."""
+    b, t = len(batch["key"]), batch["video"].shape[2]
+    parts = {name: range(first, min(last, t)) for name, (first, last) in ranges.items()}
+    frames = torch.arange(t)
+    return {
+        name: ((frames >= part.start) & (frames < part.stop)).expand(b, t)
+        for name, part in parts.items()
+        if 0 < len(part) < t
+    }
 
 
 @dataclass
@@ -120,6 +133,8 @@ class Scorer:
         video, by_name = clips.video, {m.name: m for m in self.metrics}
         row: Row = {"method": method, "stream": clips.stream, "key": clips.keys[index], "frames": video.shape[2]}
         row |= {"height": video.shape[3], "width": video.shape[4]}
+        if clips.scored is not None:
+            row[SCORED] = clips.scored.nonzero().flatten().tolist()
         if clips.categories is not None:
             row[CATEGORY] = clips.categories[index]
         own = {name: score[index] for name, score in scores.items()}

@@ -97,9 +97,15 @@ class ValidationConfig:
     categories: list[str] = field(
         default_factory=list
     )  # of an evaluation's clips, told by CLIP (weights.clip) where lists say none
+    # Frames that are also scored by themselves, [from, to): {others: [1, 17]} leaves a clip's first frame out. A family's own group
+    # of a name has its place.
+    groups: dict[str, list[int]] = field(default_factory=dict)
     references: bool = True  # at the end, also score the mean colour, one colour per cell, and the space's own decoder
 
     def __post_init__(self) -> None:
+        for name, frames in self.groups.items():
+            if len(frames) != 2 or not 0 <= frames[0] < frames[1]:
+                raise ValueError(f"validation.groups.{name}={list(frames)} must be [from, to) with 0 <= from < to")
         if self.best not in self.metrics:
             raise ValueError(f"validation.best={self.best} is none of validation.metrics: {', '.join(self.metrics)}")
         if odd := sorted(self.weights.keys() - set(NETWORKS)):

@@ -10,7 +10,6 @@ import glob
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 
 import metrics
 from decoders.base import VideoDecoder
+from experiments.budget import Clock
 from experiments.compose import ConfigError
 from experiments.runs import DONE
 
@@ -122,22 +122,26 @@ class Checkpoints(Checkpoint):
         self._leaving = False
         self._saved_step = -1
         self._handlers: dict[int, Any] = {}
-        self._started: float | None = None  # None: training is over
-        self._seconds_before = 0.0
+        self._clock = Clock()
 
     @property
     def seconds(self) -> float:
-        """Time trained so far, over all sessions up to their last checkpoints, without the evaluation at the end."""
-        return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
+        """Time trained so far, over all sessions up to their last checkpoints, without any validation (:class:`Clock`)."""
+        return self._clock.seconds
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._seconds_before = state_dict["seconds"]
+        self._clock.go_on_from(state_dict["seconds"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
+        self._clock.begin()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
+        self._clock.pause()
 
     def on_train_start(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
-        self._started = time.monotonic()
         self._saved_step = trainer.global_step
         best = self.folder / "weights-best.safetensors"
         if trainer.global_step and best.is_file():  # the file itself knows: it may be newer than the last checkpoint
@@ -171,6 +175,7 @@ class Checkpoints(Checkpoint):
         self._leaving = stop
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: VideoDecoder, batch, batch_idx) -> None:
+        self._clock.resume()  # not at a validation's end: pictures are drawn and the best weights are saved there
         if self._leaving:  # not in on_train_batch_end: the last step is still to be logged there
             raise KeyboardInterrupt
 
@@ -193,7 +198,7 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
         if trainer.global_step != self._saved_step:
             self.save(trainer, pl_module)
-        self._seconds_before, self._started = self.seconds, None
+        self._clock.end()
 
     def save(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
         """Write ``last.ckpt`` and the weights; older checkpoints beyond ``keep`` go."""

@@ -8,12 +8,13 @@
                method that a run was evaluated with: numbers of steps, controls), none
     train      true trains first, one after another, what has not been trained to its end
 
-What else has a dot in its key goes to every run's evaluation: validation.metrics=[psnr,fvd_i3d_16f] data.val.clips.size=[256,256].
+What else has a dot in its key, and pad, goes to every run's evaluation and to what is timed: validation.metrics=[psnr,fvd_i3d_16f]
+data.val.clips.size=[256,256] objective.steps=4 pad=replicate.
 
 Runs are folders under RUNS_ROOT; NAME:best is a run with those weights, NAME:start what an experiment starts from (released weights),
 which needs no run. One that is trained and not evaluated is evaluated first. Quality is read from the runs'
 evaluations; intervals and paired differences are bootstrapped over their clips. What was measured differently is not put in
-one column. Writes table.txt, .md, .tex and .csv, comparison.json, and plots as PNG and SVG.
+one column. Writes table.txt, .md, .tex and .csv, comparison.json, and plots as PNG and SVG, in place of those of before.
 """
 
 import hashlib
@@ -30,7 +31,16 @@ import lightning
 import torch
 
 from decoders.base import DECODER
-from experiments import compare_runs, compare_scores, compare_speed, compare_table, evaluate, reproduction
+from experiments import (
+    compare_notes,
+    compare_runs,
+    compare_scores,
+    compare_speed,
+    compare_table,
+    evaluate,
+    reproduction,
+    resumed,
+)
 from experiments.checkpoints import write_atomically
 from experiments.compare_scores import ALL, NONE, SOME, TEACHER, Evaluation
 from experiments.compare_table import worst_clips as worst
@@ -43,6 +53,9 @@ __all__ = ["Comparison", "beside", "gather", "worst", "write"]
 TIMED = re.compile(rf"{TEACHER}|\d+ steps|the .* space's own decoder")  # methods besides the runs' that are timed
 OPTIONS = ("sets", "baseline", "out", "speed", "methods", "train")
 JSON = "comparison.json"
+WRITTEN = re.compile(
+    r"table\.(txt|md|tex|csv)|(fps|curve|scatter|frames)_.+\.(png|svg)"
+)  # by this command, beside JSON
 
 
 def gather(
@@ -67,8 +80,16 @@ def gather(
     comparison = _scored(names, sets, baseline, methods, finished, overrides)
     if speed:
         _measure_speed(comparison)
-    comparison.notes = compare_table.notes(comparison)
+    comparison.notes = _notes(comparison)
     return comparison
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """Below the table, and whose evaluation ran other code than there is now."""
+    now = resumed.code()
+    old = [run.name for run in comparison.runs if run.code and run.code != now]
+    said = f"{', '.join(old)}: evaluated by other code than today's: make evaluate exp=... measures again."
+    return compare_notes.notes(comparison) + [said] * bool(old)
 
 
 def _scored(
@@ -95,7 +116,7 @@ def _scored(
     streams, columns = compare_scores.columns(evaluations)
     runs, rows = [], []
     for evaluation in evaluations:
-        parameters, space = compare_runs.decoder_parameters(evaluation.name)
+        parameters, space = compare_runs.decoder_parameters(evaluation.name, overrides)
         runs.append(_run(evaluation, parameters, space))
         references = evaluate.reference_methods(space)
         rows += compare_scores.rows(evaluation, runs[-1], columns, references, methods)
@@ -112,6 +133,7 @@ def _scored(
         columns=columns,
         rows=compare_scores.merged(rows, several=len(names) > 1),
         papers=[figure for run in runs for figure in reproduction.figures_of(run.experiment, run.name)],
+        overrides=list(overrides),
         categories=[_of_category(evaluation.name, c) for evaluation in evaluations for c in _categories(evaluation)],
     )
     compare_scores.differences(comparison)
@@ -132,7 +154,7 @@ def _run(evaluation: Evaluation, parameters: int | None, space: Any) -> Run:
     name, result = evaluation.name, evaluation.result
     parents = compare_runs.parents(name)
     costs = [compare_runs.cost(each) for each in (name, *parents)]
-    own, device = costs[0], costs[0].get("device") or result["device"]
+    own, device = costs[0], costs[0]["device"] or ""
     hours = [c["minutes"] / 60 * c["devices"] if c["minutes"] is not None and c["devices"] else None for c in costs]
     return Run(
         name=name,
@@ -148,6 +170,7 @@ def _run(evaluation: Evaluation, parameters: int | None, space: Any) -> Run:
         start=compare_runs.start(name),
         parents=parents,
         finished=compare_runs.finished(name),
+        pretrained=compare_runs.pretrained(name),
         minutes=own["minutes"],
         total_minutes=compare_runs.total([c["minutes"] for c in costs]),
         devices=own["devices"],
@@ -163,6 +186,7 @@ def _run(evaluation: Evaluation, parameters: int | None, space: Any) -> Run:
         evaluated_on=result["device"],
         versions=result["versions"],
         seconds=result.get("seconds") or {},
+        code=result.get("code") or "",
     )
 
 
@@ -170,7 +194,7 @@ def _measure_speed(comparison: Comparison) -> None:
     """All decoders in turns on clips of the first stream, in bf16 where all runs were evaluated so."""
     timed = [row for row in comparison.rows if row.kind == RUN or TIMED.fullmatch(row.method)]
     bf16 = all("bf16" in row.made.get("dtype", "") for row in comparison.own_rows())
-    comparison.machine = compare_speed.measure(timed, comparison.streams[0], bf16)
+    comparison.machine = compare_speed.measure(timed, comparison.streams[0], bf16, overrides=comparison.overrides)
     base = comparison.row(comparison.baseline)
     for row in timed:
         row.speed.ratio = None if row is base else compare_speed.ratio(row.speed, base.speed)
@@ -183,9 +207,13 @@ def _measure_speed(comparison: Comparison) -> None:
 
 
 def write(comparison: Comparison, folder: Path, command: str | None = None) -> list[Path]:
-    """Tables, JSON and plots of a comparison in ``folder``; returns the files."""
+    """Tables, JSON and plots of a comparison in ``folder``; returns the files. Those of a comparison that was there go."""
     from experiments import compare_plots  # here: whoever only prints a table needs no matplotlib
 
+    if (folder / JSON).is_file():
+        for path in folder.iterdir():
+            if WRITTEN.fullmatch(path.name):
+                path.unlink()
     comparison.command = command or comparison.command
     texts = {f"table.{kind}": compare_table.render(comparison, kind) for kind in compare_table.KINDS}
     texts[JSON] = json.dumps(comparison.to_dict(), indent=1, allow_nan=False) + "\n"
@@ -203,7 +231,7 @@ def beside(names: Sequence[str]) -> str:
     comparison.rows = [row for row in comparison.rows if _belongs(row, names[0])]
     comparison.papers = []
     _measure_speed(comparison)
-    comparison.notes = compare_table.notes(comparison)
+    comparison.notes = _notes(comparison)
     return "\n" + compare_table.render(comparison, "txt", worst=False)
 
 
@@ -215,7 +243,7 @@ def _belongs(row: Row, first: str) -> bool:
 def main(arguments: list[str]) -> None:
     names = [text for text in arguments if "=" not in text or "+" in text.partition("=")[0]]
     options = dict(text.split("=", 1) for text in arguments if text not in names)
-    overrides = [f"{key}={options.pop(key)}" for key in list(options) if "." in key]
+    overrides = [f"{key}={options.pop(key)}" for key in list(options) if "." in key or key == "pad"]
     if odd := sorted(options.keys() - set(OPTIONS)):
         raise ConfigError(f"{odd[0]}: no such option of compare; there are {', '.join(OPTIONS)}")
     speed, training = _is_true(options, "speed", "true"), _is_true(options, "train", "false")

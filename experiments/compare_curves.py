@@ -1,14 +1,13 @@
-"""What a run left over time: its validation scores by step and by hours of all devices, and its PSNR by frame index."""
+"""What a run left over time: its validation scores by step and by hours of all devices, and its scores by frame index."""
 
 import csv
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from experiments.evaluate import FRAMES
+from experiments.evaluate import BY_FRAME
 
 EVENTS = "events.out.tfevents.*"
 VALIDATION = "val/"
@@ -75,22 +74,14 @@ def _scalars(path: Path) -> tuple[float, dict[str, list[tuple[float, int, float]
 
 
 def by_frame(folder: Path) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """(stream, method) -> metric -> mean over clips of frame 0, 1, ... of an evaluation; NaN where no clip has a score."""
-    sums: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
-    with open(folder / FRAMES, newline="") as file:
+    """(stream, method) -> metric -> mean over clips of frame 0, 1, ... of an evaluation.
+
+    NaN where no clip has a score (pairs of frames: the first), and everywhere where a prediction was not finite.
+    """
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    with open(folder / BY_FRAME, newline="") as file:
         for line in csv.DictReader(file):
-            about = {key: line.pop(key) for key in ("stream", "key", "method", "frame")}
-            frame, metrics = int(about["frame"]), sums.setdefault((about["stream"], about["method"]), {})
-            for metric, text in line.items():
-                if metric.startswith("in_") or not text or math.isnan(value := float(text)):
-                    continue
-                total = metrics.setdefault(metric, {}).setdefault(frame, [0.0, 0])
-                total[0] += value
-                total[1] += 1
-    return {
-        where: {
-            metric: [frames[t][0] / frames[t][1] if t in frames else math.nan for t in range(max(frames) + 1)]
-            for metric, frames in metrics.items()
-        }
-        for where, metrics in sums.items()
-    }
+            metrics = found.setdefault((line["stream"], line["method"]), {})
+            for metric in line.keys() - {"stream", "method", "frame", "clips"}:
+                metrics.setdefault(metric, []).append(float(line[metric] or "nan"))
+    return found

@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, which colour-blind readers tell apart; markers differ too. Titles say what was measured.
 """
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from matplotlib.ticker import LogFormatter
 
 from decoders.base import DECODER
 from experiments.compare_curves import by_frame, learning_curves
-from experiments.comparison import RUN, Column, Comparison, Row
+from experiments.comparison import RUN, Column, Comparison, Row, clips_of_films
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vP*X"
@@ -62,12 +63,13 @@ def _named(text: str) -> str:
 
 def _on(comparison: Comparison, column: Column) -> str:
     stream = comparison.stream(column.stream)
-    return f"{stream.name}: {stream.clips} clips of {stream.frames} frames, {stream.size[0]}x{stream.size[1]}"
+    clips = clips_of_films(stream.clips, stream.films)
+    return f"{stream.name}: {clips}, {stream.frames} frames each, {stream.size[0]}x{stream.size[1]}"
 
 
 def _axis(column: Column) -> str:
-    better = "higher" if column.higher_is_better else "lower"
-    return f"{column.name}{f', {column.unit}' if column.unit else ''} ({better} is better)"
+    better = "nearer the truth's" if column.of_truth else "higher" if column.higher_is_better else "lower"
+    return f"{column.label}{f', {column.unit}' if column.unit else ''} ({better} is better)"
 
 
 # --- speed against quality ----------------------------------------------------------------------------------------------
@@ -79,6 +81,7 @@ def _against_speed(comparison: Comparison) -> dict[str, Figure]:
     found = {}
     for column in comparison.columns:
         shown = [row for row in rows if column.id in row.scores and row.speed.stream == column.stream]
+        shown = [row for row in shown if row.scores[column.id].mean is not None]
         if column.name not in AGAINST_SPEED or not shown:
             continue
         machine = comparison.machine
@@ -150,8 +153,8 @@ def _curves(comparison: Comparison) -> dict[str, Figure]:
     for tag in CURVES:
         if not any(tag in curves for _, curves in runs):
             continue
-        kinds = "/".join(dict.fromkeys(run.device_kind for run in comparison.runs))
-        title = f"{tag} while training, on each run's own validation clips; time on {kinds}, pauses left out"
+        kinds = "/".join(dict.fromkeys(run.device_kind or "devices not known" for run in comparison.runs))
+        title = f"{tag} while training, on each run's own validation clips\ntime on {kinds}: pauses left out, validations included"
         figure, (by_step, by_hour) = _figure(title, 3.2, 2)
         short = max(max(curves[tag].hours) for _, curves in runs if tag in curves) < 1
         for index, (run, curves) in enumerate(runs):
@@ -200,6 +203,7 @@ def _frames(comparison: Comparison) -> dict[str, Figure]:
     found = {}
     for column in comparison.columns:
         shown = {run: f[column.stream, DECODER] for run, f in frames.items() if (column.stream, DECODER) in f}
+        shown = {run: scores for run, scores in shown.items() if any(map(math.isfinite, scores.get(column.name, ())))}
         if column.name != "psnr" or comparison.stream(column.stream).frames < 2 or not shown:
             continue
         figure, axes = _figure(f"{_on(comparison, column)}; mean over clips of every frame", 3.2)

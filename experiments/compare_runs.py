@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from experiments import compose
 from experiments import weights as weights_of
-from experiments.checkpoints import LAST
+from experiments.checkpoints import LAST, Checkpoints
 from experiments.compose import ConfigError, flatten
 from experiments.config import Experiment, as_dict, build_decoder, build_space, load
 from experiments.runs import CONFIG, DONE, WEIGHTS, find_parent, is_neutral, run_name, runs_root
@@ -62,13 +62,16 @@ def stem(name: str) -> str:
     return split(name)[0].partition("+")[0]
 
 
-def as_trained(name: str) -> Experiment:
-    """The experiment as the run was trained: its overrides are part of what it is, and its folder's name may be cut."""
+def as_trained(name: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment as the run was trained: its overrides are part of what it is, and its folder's name may be cut.
+
+    ``overrides`` come last: what an evaluation changes of how it decodes (``objective.steps=4``).
+    """
     if not (folder_of(name) / CONFIG).is_file():
-        return load(stem(name), overrides_of(name))
+        return load(stem(name), [*overrides_of(name), *overrides])
     kept = config(name)
     parts = {part: kept[part] for part in PARTS if part in kept}
-    return load(stem(name), [f"{key}={json.dumps(value)}" for key, value in flatten(parts).items()])
+    return load(stem(name), [*(f"{key}={json.dumps(value)}" for key, value in flatten(parts).items()), *overrides])
 
 
 def overrides_of(name: str) -> list[str]:
@@ -113,11 +116,17 @@ def newest_step(name: str) -> int | None:
     return None if step is None else int(step)
 
 
+def weights_file(name: str) -> Path | None:
+    """The file that an evaluation would measure; None where the decoder itself knows where its start is."""
+    if split(name)[1] != weights_of.START:
+        return find_parent(name, allow_unfinished=True)
+    init_from = config(name).get("init_from")
+    return find_parent(init_from, allow_unfinished=True) if init_from else None
+
+
 def parents(name: str) -> list[str]:
     """The runs whose weights this one started from, nearest first."""
     found: list[str] = []
-    if split(name)[1] == weights_of.START:
-        return found
     while (parent := config(name).get("init_from")) and not parent.endswith(".safetensors"):
         name = parent.partition(":")[0]
         if name in found or not (runs_root() / name / CONFIG).is_file():
@@ -127,40 +136,68 @@ def parents(name: str) -> list[str]:
 
 
 def start(name: str) -> str:
-    """Where the weights came from before any step of this run."""
-    if split(name)[1] == weights_of.START:
-        return "as they are there"
+    """Where the weights came from before any step of this run: a run or file, or networks and what was made of them."""
     kept = config(name)
     if kept.get("init_from"):
         return f"init_from {kept['init_from']}"
-    for key in ("start", "transformer", "teacher"):
-        if value := (kept.get("objective") or {}).get(key):
-            shown = ", ".join(f"{k}={v}" for k, v in list(value.items())[:1]) if isinstance(value, dict) else value
-            return f"objective.{key}: {shown}"
-    return "from scratch"
+    named = "; ".join(f"objective.{key} {_shown(value)}" for key, value in _started_from(kept).items())
+    return named or ("as they are there" if split(name)[1] == weights_of.START else "from scratch")
+
+
+def _started_from(kept: dict[str, Any]) -> dict[str, Any]:
+    """Of the objective what names pretrained weights that fill the network, the network before how it is cut. A teacher alone
+    fills nothing: it is followed, where there is no ``start`` that takes from it."""
+    objective = kept.get("objective") or {}
+    how, transformer = objective.get("start"), objective.get("transformer")
+    if how == "random":
+        how = None
+    named = {"teacher": objective.get("teacher") if isinstance(how, dict) else None, "start": how}
+    return {key: value for key, value in (named | {"transformer": transformer}).items() if value}
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(f"{k}={v}" for k, v in list(value.items())[:1]) if isinstance(value, dict) else str(value)
+
+
+def pretrained(name: str) -> bool:
+    """Whether training began, in the first stage that is known, with weights that were trained elsewhere, at a cost not told."""
+    last = [name, *parents(name)][-1]
+    if not (folder_of(last) / CONFIG).is_file() and split(last)[1] != weights_of.START:
+        return True  # a stage that is not here
+    kept = config(last)
+    released = (
+        split(last)[1] == weights_of.START and (kept.get("decoder") or {}).get("start") != "linear"
+    )  # which is computed
+    return bool(kept.get("init_from") or _started_from(kept) or released)
 
 
 def cost(name: str) -> dict[str, Any]:
-    """Minutes, steps and clips of this run alone; devices, where they are known. None for what was not kept."""
+    """Minutes, steps and clips of this run alone; devices and their kind, where they are known. None for what was not kept.
+
+    A start has none of its own where it is another run's end; else nobody here knows what its weights cost.
+    """
     folder = folder_of(name)
+    found: dict[str, Any] = dict.fromkeys(("minutes", "steps", "clips_seen", "precision", "devices", "device"))
     if split(name)[1] == weights_of.START:
-        return {"minutes": 0.0, "steps": 0, "clips_seen": 0, "precision": None, "devices": 1}
-    found: dict[str, Any] = dict.fromkeys(("minutes", "steps", "clips_seen", "precision", "devices"))
+        if parents(name):
+            found |= {"minutes": 0.0, "steps": 0, "clips_seen": 0, "devices": 1}
+        return found
     if not (folder / CONFIG).is_file():
         return found  # a parent that has been moved away
     if (folder / DONE).is_file():
         done = json.loads((folder / DONE).read_text())
-        found |= {key: done.get(key) for key in (*found, "device")}
+        found |= {key: done.get(key) for key in found}
     elif (folder / LAST).is_file():
         found |= _of_checkpoint(folder / LAST)
-    found["devices"] = found["devices"] or _devices(config(name)["trainer"])
+    trainer = config(name)["trainer"]
+    found["devices"] = found["devices"] or _devices(trainer)
+    found["device"] = found["device"] or ("CPU" if trainer["accelerator"] == "cpu" else None)
     return found
 
 
 def _of_checkpoint(path: Path) -> dict[str, Any]:
     kept = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    states = kept.get("callbacks", {}).values()
-    seconds = next((s["seconds"] for s in states if isinstance(s, dict) and "seconds" in s), None)
+    seconds = kept.get("callbacks", {}).get(Checkpoints.__qualname__, {}).get("seconds")
     return {
         "minutes": None if seconds is None else round(seconds / 60, 2),
         "steps": kept.get("global_step"),
@@ -180,12 +217,12 @@ def total(values: Sequence[float | None]) -> float | None:
     return None if any(value is None for value in values) else sum(values)
 
 
-def decoder_parameters(name: str) -> tuple[int | None, Any]:
+def decoder_parameters(name: str, overrides: Sequence[str] = ()) -> tuple[int | None, Any]:
     """Parameters of the network that decodes (no encoder, teacher or discriminator), and the run's latent space.
 
     None where the decoder has no network of its own: a latent space decodes for it, and does not say how large it is.
     """
-    experiment = as_trained(name)
+    experiment = as_trained(name, overrides)
     space = build_space(experiment)
     with torch.device("meta"):
         decoder = build_decoder(experiment, space)

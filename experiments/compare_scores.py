@@ -4,14 +4,16 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from decoders.base import DECODER
+from decoders.scoring import TRUTH
 from experiments import compare_runs, evaluate
-from experiments.comparison import FLOOR, METHOD, RUN, SPACE, UNITS, Column, Comparison, Row, Run, Score, Stream
+from experiments import weights as weights_of
+from experiments.comparison import FLOOR, METHOD, RUN, SPACE, UNITS, Column, Comparison, Row, Run, Score, Stream, films
 from experiments.compose import ConfigError
 from experiments.runs import runs_root
 from metrics import higher_is_better, truth_has_value
@@ -20,7 +22,10 @@ from metrics.protocol import Protocol, require_same
 
 TEACHER = "teacher"
 SOME, ALL, NONE = "some", "all", "none"
+FEWEST = 6  # clips below which nothing is called best: a lucky one decides
 SAME = 1e-3  # by how large a share scores of one method on one clip may differ and count as measured twice
+
+ONLY_FRAMES = "only_frames"  # in a protocol's definition: the group of frames that was scored
 
 Clips = dict[tuple[str, str], dict[str, dict[str, float]]]  # (stream, method) -> score's name -> clip -> score
 
@@ -54,16 +59,25 @@ def read(name: str, sets: Sequence[str] | None = None, overrides: Sequence[str] 
     if sets is not None or overrides or kind:
         typed = [*compare_runs.overrides_of(name), *overrides]
         folder = evaluate.evaluation_dir(stem, typed, kind, sets)
-    path, step = folder / evaluate.RESULT, compare_runs.newest_step(name)
-    result = json.loads(path.read_text()) if path.is_file() else None
-    if result is None or step not in (None, result["weights"]["step"]):
+    path = folder / evaluate.RESULT
+    whole = path.is_file() and (folder / evaluate.BY_FRAME).is_file()
+    result = json.loads(path.read_text()) if whole else None
+    if result is None or not _measured(name, result["weights"]):
         print(f"compare: {name} is evaluated first", file=sys.stderr)
         result = evaluate.evaluate(stem, compare_runs.overrides_of(name) if typed is None else typed, kind, sets)
     return Evaluation(name, folder, result, _clips(folder / evaluate.CLIPS))
 
 
+def _measured(name: str, weights: Mapping[str, Any]) -> bool:
+    """Whether these weights are what the run has now: their step, and their bytes where the evaluation says which it read."""
+    if compare_runs.newest_step(name) not in (None, weights["step"]):
+        return False
+    file = compare_runs.weights_file(name) if "sha256" in weights else None
+    return file is None or weights_of.sha256(file) == weights["sha256"]
+
+
 def _clips(path: Path) -> Clips:
-    """Scores that are numbers; one that is NaN, or empty, is none."""
+    """Scores that are numbers; one that is NaN, or empty, is none. Whether that is as it should be, the means know."""
     found: Clips = {}
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
@@ -86,14 +100,16 @@ def _number(text: str | None) -> float | None:
 
 
 def columns(evaluations: Sequence[Evaluation]) -> tuple[list[Stream], list[Column]]:
-    """The streams and columns that the runs have, each measured alike in all runs that have it.
+    """The streams and columns that the runs have, each measured alike in all runs that have it. A score of a group of frames
+    that has other frames in other runs is so many columns.
 
     Raises ConfigError that names the fields that differ and says which runs can be compared.
     """
-    found: dict[str, dict[str, Protocol]] = {}
+    every: dict[str, dict[str, Protocol]] = {}
     for evaluation in evaluations:
         for column, protocol in evaluation.protocols.items():
-            found.setdefault(column, {})[evaluation.name] = protocol
+            every.setdefault(column, {})[evaluation.name] = protocol
+    found = {id: group for column, protocols in every.items() for id, group in _by_frames(column, protocols).items()}
     for column, protocols in found.items():
         try:
             require_same(protocols)
@@ -105,7 +121,26 @@ def columns(evaluations: Sequence[Evaluation]) -> tuple[list[Stream], list[Colum
     named = dict.fromkeys(column.partition("/")[0] for column in found)
     clips = {stream: _keys(evaluations, stream) for stream in named}
     streams = [_stream(name, next(p for c, p in _of(found, name)), clips[name]) for name in named]
-    return streams, [_column(id, p, evaluations) for stream in named for id, p in _of(found, stream)]
+    runs = {id: [*protocols] for id, protocols in found.items()}
+    return streams, [_column(id, p, runs[id], evaluations) for stream in named for id, p in _of(found, stream)]
+
+
+def _by_frames(column: str, protocols: dict[str, Protocol]) -> dict[str, dict[str, Protocol]]:
+    """A column's protocols by the frames that it scores: one column, or as many as there are groups of frames."""
+    groups: dict[str, dict[str, Protocol]] = {}
+    for name, protocol in protocols.items():
+        groups.setdefault(_frames(protocol), {})[name] = protocol
+    return {column: protocols} if len(groups) == 1 else {f"{column}{frames}": g for frames, g in groups.items()}
+
+
+def _frames(protocol: Protocol) -> str:
+    """`` (frames 5, 10, 15)`` of a score of a group of frames; empty for one of all frames."""
+    about = protocol.definition.get(ONLY_FRAMES)
+    if about is None:
+        return ""
+    if isinstance(about, str):  # of an evaluation from before groups said so
+        return " (frames not recorded)"
+    return f" (frames {about['frames']}{' ' + about['hash'][:4] if 'hash' in about else ''})"
 
 
 def _of(found: dict[str, dict[str, Protocol]], stream: str) -> list[tuple[str, Protocol]]:
@@ -118,13 +153,17 @@ def _keys(evaluations: Iterable[Evaluation], stream: str) -> list[str]:
 
 
 def _stream(name: str, protocol: Protocol, keys: list[str]) -> Stream:
-    frames = protocol.frames[1] - protocol.frames[0]
-    return Stream(name, len(keys), frames, list(protocol.size), protocol.frame_stride, protocol.resize, keys)
+    return Stream(
+        name, len(keys), protocol.frames[1], list(protocol.size), protocol.frame_stride, protocol.resize, keys
+    )
 
 
-def _column(id: str, protocol: Protocol, evaluations: Sequence[Evaluation]) -> Column:
-    stream, _, name = id.partition("/")
-    metric = name.removesuffix(f"_{protocol.definition.get('only_frames', '')}")
+def _column(id: str, protocol: Protocol, runs: list[str], evaluations: Sequence[Evaluation]) -> Column:
+    """``id`` is ``<stream>/<name>`` and, where several columns share that, the frames."""
+    stream, _, label = id.partition("/")
+    name = label.removesuffix(_frames(protocol))
+    group = protocol.definition.get(ONLY_FRAMES) or ""
+    metric = name.removesuffix(f"_{group['group'] if isinstance(group, dict) else group}")
     per_clip = any(name in scores for e in evaluations for (s, _), scores in e.clips.items() if s == stream)
     unit = UNITS.get(metric.partition("_")[0], "")
     return Column(
@@ -137,6 +176,9 @@ def _column(id: str, protocol: Protocol, evaluations: Sequence[Evaluation]) -> C
         digits=2 if unit or not per_clip else 4,
         per_clip=per_clip,
         protocol=protocol.measured(),
+        label=label,
+        of_truth=truth_has_value(name),
+        runs=runs,
     )
 
 
@@ -179,13 +221,15 @@ def rows(
             compression=run.compression if kind in (RUN, METHOD, SPACE) else None,
         )
         for column in table:
-            clips = evaluation.clips.get((column.stream, method), {}).get(column.name)
-            if column.per_clip and clips:
+            mean_of, every = means.get((column.stream, method), {}), evaluation.clips.get((column.stream, method), {})
+            if evaluation.name not in column.runs or column.name not in mean_of:
+                continue
+            clips, whole = every.get(column.name, {}), every.get("frames", {})
+            if mean_of[column.name] is None or not column.per_clip:  # no mean of a prediction that is not finite
+                row.scores[column.id] = Score(mean_of[column.name], None, None, len(whole), films=films(whole))
+            elif clips:
                 row.clips[column.id] = clips
-                row.scores[column.id] = _score(list(clips.values()))
-            elif not column.per_clip and (mean := means.get((column.stream, method), {}).get(column.name)) is not None:
-                number = len(evaluation.clips.get((column.stream, method), {}).get("frames", {}))
-                row.scores[column.id] = Score(mean, None, None, number)
+                row.scores[column.id] = _score(clips)
         if row.scores:
             found.append(row)
     return found
@@ -204,14 +248,15 @@ def _made(evaluation: Evaluation, method: str) -> dict[str, Any]:
     return shared if method == DECODER else {key: shared[key] for key in ("dtype", "latent_space") if key in shared}
 
 
-def _score(values: list[float]) -> Score:
-    mean, low, high = bootstrap(values)
-    return Score(mean, *(None if math.isnan(bound) else bound for bound in (low, high)), clips=len(values))
+def _score(clips: Mapping[str, float]) -> Score:
+    mean, low, high = bootstrap(list(clips.values()))
+    bounds = (None if math.isnan(bound) else bound for bound in (low, high))
+    return Score(mean, *bounds, clips=len(clips), films=films(clips))
 
 
 def merged(found: Sequence[Row], several: bool) -> list[Row]:
     """Runs first, the baseline before the others, then methods, spaces' decoders and floors. A method that scored the same in
-    several runs (a floor, a teacher) stands once."""
+    several runs (a floor, a teacher) stands once; where there are two such groups, their names say whose they are."""
     kept: list[Row] = []
     for row in found:
         twin = next((k for k in kept if k.kind != RUN and k.method == row.method and _alike(k, row)), None)
@@ -219,17 +264,16 @@ def merged(found: Sequence[Row], several: bool) -> list[Row]:
             kept.append(row)
             continue
         twin.runs += row.runs
-        twin.id = twin.label = twin.method
         for column in row.scores.keys() - twin.scores.keys():
             twin.scores[column], twin.clips[column] = row.scores[column], row.clips.get(column, {})
     for row in kept:
-        if (
-            not several
-            and row.kind != RUN
-            or row.kind in (FLOOR, SPACE)
-            and sum(k.method == row.method for k in kept) == 1
-        ):
+        alone = sum(other.method == row.method for other in kept) == 1
+        if row.kind != RUN and (not several or alone and (row.kind in (FLOOR, SPACE) or len(row.runs) > 1)):
             row.id = row.label = row.method
+        elif row.kind != RUN:
+            row.id = row.label = f"{', '.join(row.runs)}: {row.method}"
+    ids = [row.id for row in kept]
+    assert len(set(ids)) == len(ids), f"rows of one name: {ids}"
     return sorted(kept, key=lambda row: (RUN, METHOD, SPACE, FLOOR).index(row.kind))
 
 
@@ -243,38 +287,55 @@ def _alike(a: Row, b: Row) -> bool:
 
 
 def differences(comparison: Comparison) -> None:
-    """Every row minus the baseline run's, on the clips that both have."""
-    base = comparison.row(comparison.baseline)
-    for row in comparison.rows:
-        for column, score in row.scores.items():
-            if row is base or column not in base.scores:
+    """Every row minus the baseline run's, on the clips that both have; of what the truth has a value of its own for, minus the
+    truth's, and nothing where that was not scored."""
+    for column in comparison.columns:
+        base = _against(comparison, column)
+        if base is None or column.id not in base.scores or base.scores[column.id].mean is None:
+            continue
+        column.against = base.id
+        for row in comparison.rows:
+            score = row.scores.get(column.id)
+            if row is base or score is None or score.mean is None:
                 continue
-            ours, theirs = row.clips.get(column, {}), base.clips.get(column, {})
+            ours, theirs = row.clips.get(column.id, {}), base.clips.get(column.id, {})
             if ours.keys() & theirs.keys():
                 score.delta = [None if math.isnan(value) else value for value in paired(ours, theirs)]
             elif not ours and not theirs:  # a score of all clips together
-                score.delta = [score.mean - base.scores[column].mean, None, None]
+                score.delta = [score.mean - base.scores[column.id].mean, None, None]
+
+
+def _against(comparison: Comparison, column: Column) -> Row | None:
+    """Truths that scored alike in all runs are one row; several are of runs that saw other pixels, and none is the truth of all."""
+    if not column.of_truth:
+        return comparison.row(comparison.baseline)
+    truths = [row for row in comparison.rows if row.method == TRUTH and column.id in row.scores]
+    return truths[0] if len(truths) == 1 else None
 
 
 def mark_best(comparison: Comparison) -> None:
     """The best run of every column, and with it all whose paired difference from it has an interval that holds zero.
 
-    Nothing is best of a column that has one run, or fewer than two clips to tell from, and of what the truth has a value of
-    its own for (flicker): less than the truth's is no merit.
+    Nothing is best of a column that has one run, or fewer than FEWEST clips that all its runs have, and of what the truth has a
+    value of its own for (flicker): less than the truth's is no merit. A run whose predictions are not finite takes no part.
     """
     for column in comparison.columns:
         own = [row for row in comparison.own_rows() if column.id in row.scores]
-        if len(own) < 2 or truth_has_value(column.name):
+        own = [row for row in own if row.scores[column.id].mean is not None]
+        if len(own) < 2 or column.of_truth:
+            continue
+        common = set.intersection(*(set(row.clips.get(column.id, {})) for row in own))
+        if (len(common) if column.per_clip else min(row.scores[column.id].clips for row in own)) < FEWEST:
             continue
         best = (max if column.higher_is_better else min)(own, key=lambda row: row.scores[column.id].mean)
-        if not column.per_clip:
-            best.scores[column.id].best = True
-            continue
-        if len(best.clips[column.id]) < 2:
-            continue
-        for row in own:
-            _, low, high = paired(row.clips[column.id], best.clips[column.id])
-            row.scores[column.id].best = row is best or low <= 0 <= high
+        for row in own if column.per_clip else [best]:
+            held = row is best or _may_be_chance(row.clips[column.id], best.clips[column.id])
+            row.scores[column.id].best = held
+
+
+def _may_be_chance(ours: Mapping[str, float], theirs: Mapping[str, float]) -> bool:
+    _, low, high = paired(ours, theirs)
+    return low <= 0 <= high
 
 
 def shares(comparison: Comparison) -> None:
@@ -282,8 +343,9 @@ def shares(comparison: Comparison) -> None:
     for row in comparison.own_rows():
         if (teacher := teacher_of(comparison, row)) is not None:
             for column in comparison.columns:
-                if column.name == "psnr" and column.id in row.scores and column.id in teacher.scores:
-                    row.share[column.stream] = row.scores[column.id].mean / teacher.scores[column.id].mean
+                pair = [each.scores[column.id].mean for each in (row, teacher) if column.id in each.scores]
+                if column.name == "psnr" and len(pair) == 2 and None not in pair:
+                    row.share[column.stream] = pair[0] / pair[1]
 
 
 def teacher_of(comparison: Comparison, row: Row) -> Row | None:

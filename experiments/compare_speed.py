@@ -43,6 +43,7 @@ class Turn:
     device: str
     bf16: bool  # autocast, as evaluation in bf16-mixed
     threads: int | None = None
+    overrides: tuple[str, ...] = ()  # that it was evaluated under
 
 
 class Timed:
@@ -52,7 +53,7 @@ class Timed:
     def __init__(self, turn: Turn) -> None:
         torch.manual_seed(0)
         self.turn, self.device = turn, torch.device(turn.device)
-        experiment = compare_runs.as_trained(turn.run)
+        experiment = compare_runs.as_trained(turn.run, turn.overrides)
         self.space = build_space(experiment)
         self.decoder = build_decoder(experiment, self.space)
         run, kind = compare_runs.split(turn.run)
@@ -108,44 +109,48 @@ class Timed:
         return time.perf_counter()
 
 
-def measure(rows: Sequence[Row], stream: Stream, bf16: bool, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Fill in the rows' ``speed``, all on clips of ``stream``, and say on what machine and how it was measured."""
+def measure(
+    rows: Sequence[Row], stream: Stream, bf16: bool, rounds: int = ROUNDS, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Fill in the rows' ``speed``, all on clips of ``stream``, and say on what machine and how it was measured.
+
+    ``overrides``: those of the evaluations, such as the number of sampling steps.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads() if device == "cpu" else None
-    turns = [
-        Turn(row.id, row.run, row.method, stream.name, stream.frames, tuple(stream.size), device, bf16, threads)
-        for row in rows
+    how = {"device": device, "bf16": bf16, "threads": threads, "overrides": tuple(overrides)}
+    size = tuple(stream.size)
+    decoders = [
+        Decoder(Turn(row.id, row.run, row.method, stream.name, stream.frames, size, **how), Timed) for row in rows
     ]
-    decoders = [Decoder(turn, Timed) for turn in turns]
-    taken: dict[str, list[dict[str, Any]]] = {turn.label: [] for turn in turns}
-    about: dict[str, dict[str, Any]] = {}
+    taken: list[list[dict[str, Any]]] = [[] for _ in rows]  # as rows and decoders stand
     try:
         for decoder in decoders:
             decoder.wait_until_built()
-            about[decoder.job.label] = decoder.about
-        for decoder in decoders:
+        about = [dict(decoder.about) for decoder in decoders]
+        for decoder, known in zip(decoders, about, strict=True):
             decoder.ask("measure", warm_up=WARM_UP)
-            about[decoder.job.label]["failed"] = decoder.failed
+            known["failed"] = decoder.failed
         begun = time.monotonic()
         for number in range(rounds):
             if number and time.monotonic() - begun > 60 * MAX_MINUTES:
                 print(f"speed: stopped after {number} rounds and {MAX_MINUTES:g} minutes", file=sys.stderr)
                 break
-            for decoder in decoders[:: -1 if number % 2 else 1]:
-                if not about[decoder.job.label]["failed"] and (found := decoder.ask("measure")):
-                    taken[decoder.job.label].append(found)
-                about[decoder.job.label]["failed"] = about[decoder.job.label]["failed"] or decoder.failed
+            for place in range(len(decoders))[:: -1 if number % 2 else 1]:
+                if not about[place]["failed"] and (found := decoders[place].ask("measure")):
+                    taken[place].append(found)
+                about[place]["failed"] = about[place]["failed"] or decoders[place].failed
     finally:
         for decoder in decoders:
             decoder.close()
-    for row in rows:
-        row.speed = summarise(taken[row.id], about[row.id], stream)
-    each = [one for measured in taken.values() for one in measured]
+    for row, measured, known in zip(rows, taken, about, strict=True):
+        row.speed = summarise(measured, known, stream)
+    each = [one for measured in taken for one in measured]
     return {
         "device": device_name(device),
         "threads": threads,
         "dtype": "bfloat16 autocast" if bf16 else "float32",
-        "rounds": max(map(len, taken.values()), default=0),
+        "rounds": max(map(len, taken), default=0),
         "others_cpu_share": others_share(each),
     }
 

@@ -10,16 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.comparison import METHOD, RUN, Column, Comparison, Row, Score, Speed
+from experiments.compare_notes import COMPRESSION, protocol_line, speed_notes
+from experiments.comparison import RUN, Column, Comparison, Row, Score, Speed, clips_of_films
 from experiments.measured import markdown
 from experiments.show import table as aligned
 
 KINDS = ("txt", "md", "tex", "csv")
 UNKNOWN = "not measured"
+NOT_FINITE = "not finite"
 WORST = 3  # clips of each run that are named
-BUSY = 0.05  # share of the cores, taken by other processes, above which the table says so
-INTERVALS = "Brackets: 95 % bootstrap interval of the mean over clips."
-MARKED = "The best run of a column is marked, with all whose paired difference from it has an interval that holds zero."
 
 
 @dataclass
@@ -72,13 +71,16 @@ def with_interval(score: Score | None, digits: int) -> str:
     """``25.31 [24.80, 25.77]``, without brackets where there is no interval; empty for a score that is not there."""
     if score is None:
         return ""
+    if score.mean is None:
+        return NOT_FINITE
     bounds = "" if score.low is None else f" [{score.low:.{digits}f}, {score.high:.{digits}f}]"
     return f"{score.mean:.{digits}f}{bounds}"
 
 
 def head_of(column: Column) -> str:
-    """``psnr (dB) ↑``"""
-    return f"{column.name}{f' ({column.unit})' if column.unit else ''} {'↑' if column.higher_is_better else '↓'}"
+    """``psnr (dB) ↑``; no arrow where neither way is better."""
+    arrow = "" if column.of_truth else " ↑" if column.higher_is_better else " ↓"
+    return f"{column.label}{f' ({column.unit})' if column.unit else ''}{arrow}"
 
 
 def _quality(comparison: Comparison, stream: str) -> Table:
@@ -91,8 +93,8 @@ def _quality(comparison: Comparison, stream: str) -> Table:
         scores = [row.scores.get(column.id) for column in columns]
         cells = [Cell(with_interval(s, c.digits), bool(s and s.best)) for s, c in zip(scores, columns, strict=True)]
         share = [Cell(f"{row.share[stream]:.1%}" if stream in row.share else "")] if shares else []
-        clips = max((score.clips for score in scores if score), default=0)
-        lines.append([Cell(row.label), *cells, *share, Cell(str(clips)), Cell(_made(row))])
+        most = max((score for score in scores if score), key=lambda score: score.clips)
+        lines.append([Cell(row.label), *cells, *share, Cell(clips_of_films(most.clips, most.films)), Cell(_made(row))])
     return Table(f"Quality: {stream}", lines, [protocol_line(comparison, stream)])
 
 
@@ -110,13 +112,16 @@ def _has_deltas(comparison: Comparison, stream: str) -> bool:
 
 def _deltas(comparison: Comparison, stream: str) -> Table:
     columns = comparison.columns_of(stream)
-    lines = [[Cell(text) for text in ("", *map(head_of, columns), "clips")]]
+    columns = [column for column in columns if column.against]
+    heads = (f"{head_of(c)}{f' minus {c.against}' if c.of_truth else ''}" for c in columns)
+    lines = [[Cell(text) for text in ("", *heads, "clips")]]
     for row in comparison.rows:
         scores = [row.scores.get(column.id) for column in columns]
         if any(score and score.delta for score in scores):
             cells = [Cell(_delta(s.delta, c.digits) if s else "") for s, c in zip(scores, columns, strict=True)]
             lines.append([Cell(row.label), *cells, Cell(str(max(score.clips for score in scores if score)))])
-    return Table(f"Differences on {stream}: each row minus {comparison.baseline}, on the same clips", lines, [])
+    notes = ["What the truth has a value of its own for is told from the truth."] * any(c.of_truth for c in columns)
+    return Table(f"Differences on {stream}: each row minus {comparison.baseline}, on the same clips", lines, notes)
 
 
 def _delta(delta: list[float | None] | None, digits: int) -> str:
@@ -141,7 +146,7 @@ def _speed_and_size(comparison: Comparison) -> Table:
         speed = _speed_cells(row.speed) if timed else []
         ratio = [_range(row.teacher_ratio)] if taught else []
         lines.append([Cell(text) for text in (row.label, millions, compression, *speed, *ratio)])
-    return Table("Speed and size", lines, speed_notes(comparison))
+    return Table("Speed and size", lines, [*speed_notes(comparison), COMPRESSION])
 
 
 def _speed_cells(speed: Speed | None) -> list[str]:
@@ -161,19 +166,27 @@ def _training(comparison: Comparison) -> Table:
     for run in comparison.runs:
         whole = [run.total_steps, run.total_clips_seen]
         hours = UNKNOWN if run.device_hours is None else f"{run.device_hours:.3g}"
-        devices = f"{run.devices or '?'} x {run.device_kind}"
+        devices = f"{run.devices or '?'} x {run.device_kind}" if run.device_kind else UNKNOWN
         start = " < ".join([run.start, *run.parents[1:]])
         texts = [run.name, *(UNKNOWN if v is None else str(v) for v in whole), number(run.total_minutes, 1), hours]
         measured = f"{run.weights['kind']}, step {run.weights['step']}"
         if run.weights["kind"] == "start":
             measured = f"start: {run.weights['file']}"
         lines.append([Cell(text) for text in (*texts, devices, run.latent_space, start, measured)])
-    return Table("Training, the stages before (init_from) included", lines, [])
+    told = [
+        "Minutes are of training alone, what precedes the first step (calibration, pruning) included, validations not."
+    ]
+    if begun := [run.name for run in comparison.runs if run.pretrained]:
+        verb = "starts" if len(begun) == 1 else "start"
+        told.append(f"{', '.join(begun)} {verb} from pretrained weights whose training is not counted.")
+    return Table("Training, the stages before (init_from) included", lines, told)
 
 
 def _worst(comparison: Comparison, stream: str) -> Table:
     """By the stream's first score that clips have."""
-    column = next(column for column in comparison.columns_of(stream) if column.per_clip)
+    column = next(
+        column for column in comparison.columns_of(stream) if column.per_clip
+    )  # a quality, by the metrics' order
     lines = [[Cell(text) for text in ("", "clip", head_of(column), f"minus {comparison.baseline}")]]
     for row in comparison.own_rows():
         for clip in worst_clips(comparison, column.id, row.id, WORST):
@@ -183,11 +196,15 @@ def _worst(comparison: Comparison, stream: str) -> Table:
 
 
 def worst_clips(comparison: Comparison, column: str, row: str, number: int = 5) -> list[dict[str, Any]]:
-    """The clips on which a row scores worst: key, score, and the difference to the baseline (None for the baseline)."""
+    """The clips on which a row scores worst (farthest from the truth's, where that has a value): key, score, and the
+    difference to the column's ``against`` (None for that row itself)."""
     about = next(c for c in comparison.columns if c.id == column)
     own = comparison.row(row).clips.get(column, {})
-    base = comparison.row(comparison.baseline).clips.get(column, {}) if row != comparison.baseline else {}
-    order = sorted(own, key=own.get, reverse=not about.higher_is_better)[:number]
+    base = comparison.row(about.against).clips.get(column, {}) if about.against not in ("", row) else {}
+    if about.of_truth:
+        order = sorted(own, key=lambda key: abs(own[key] - base.get(key, own[key])), reverse=True)[:number]
+    else:
+        order = sorted(own, key=own.get, reverse=not about.higher_is_better)[:number]
     return [{"key": k, "score": own[k], "delta": own[k] - base[k] if k in base else None} for k in order]
 
 
@@ -199,67 +216,6 @@ def _papers(comparison: Comparison) -> Table:
         lines.append([Cell(t) for t in (figure["paper"], figure["run"], *values, figure["setting"], figure["where"])])
     note = "Printed by the papers, on their clips, protocols and machines: not comparable with ours number by number."
     return Table("Papers' figures (theirs, not ours)", lines, [note])
-
-
-# --- what stands below --------------------------------------------------------------------------------------------------
-
-
-def protocol_line(comparison: Comparison, stream: str) -> str:
-    """Clips, frames, size, resize, how pixels were made, machine, versions and dates, of one stream's scores."""
-    s = comparison.stream(stream)
-    rows = [row for row in comparison.rows if row.kind in (RUN, METHOD)]
-    dtypes = "/".join(dict.fromkeys(str(row.made.get("dtype")) for row in rows if row.made))
-    runs = comparison.runs
-    devices = "/".join(dict.fromkeys(run.evaluated_on for run in runs))
-    versions = "; ".join(dict.fromkeys(", ".join(f"{k} {v}" for k, v in run.versions.items()) for run in runs))
-    dates = "/".join(dict.fromkeys(run.evaluated[:10] for run in runs))
-    protocol = comparison.columns_of(stream)[0].protocol
-    return (
-        f"{s.clips} clips (list {protocol['clips']}), frames 0..{s.frames - 1} with stride {s.stride}, {s.size[0]}x{s.size[1]}, "
-        f"{s.resize}; decoded in {dtypes} on {devices}; {versions}; evaluated {dates}."
-    )
-
-
-def speed_notes(comparison: Comparison) -> list[str]:
-    """On what the speed was measured, and whether the machine was quiet."""
-    machine = comparison.machine
-    if not machine:
-        return ["Speed was not measured (speed=false)."]
-    speed = next(row.speed for row in comparison.rows if row.speed)
-    threads = f", threads: {machine['threads']}" if machine["threads"] else ""
-    lines = [
-        f"One clip of {speed.frames} frames at {speed.size[0]}x{speed.size[1]} at a time, whole, without encoding; "
-        f"{machine['dtype']}; {machine['device']}{threads}; median and range of {machine['rounds']} rounds in turns; torch "
-        f"{comparison.versions['torch']}; {comparison.date[:10]}."
-    ]
-    if (others := machine["others_cpu_share"]) is not None and others > BUSY:
-        lines.append(f"Other processes took {others:.0%} of the cores meanwhile: measure again on a quiet machine.")
-    return lines
-
-
-def notes(comparison: Comparison) -> list[str]:
-    """What a reader must know of the rows: the command, marks, merged rows, runs that did not come to their end."""
-    lines = [INTERVALS]
-    lines += [MARKED] if any(score.best for row in comparison.rows for score in row.scores.values()) else []
-    if not all(column.per_clip for column in comparison.columns):
-        lines.append(
-            "Scores of all clips together (FVD) have no interval; the lowest is marked, which says nothing of chance."
-        )
-    if shared := [row.label for row in comparison.rows if len(row.runs) > 1]:
-        lines.append(f"The same in several runs, shown once: {', '.join(shared)}.")
-    for stream in comparison.streams:
-        for row in comparison.rows:
-            clips = max(
-                (row.scores[c.id].clips for c in comparison.columns_of(stream.name) if c.id in row.scores), default=0
-            )
-            if 0 < clips < stream.clips:
-                lines.append(f"{row.label} was scored on {clips} of the {stream.clips} clips of {stream.name}.")
-    lines += [f"{run.name} has not come to its last step." for run in comparison.runs if not run.finished]
-    spaces = {run.fingerprint for run in comparison.runs}
-    if len(spaces) > 1:
-        told = ", ".join(f"{run.name} {run.compression:.4g}" for run in comparison.runs)
-        lines.append(f"The runs decode different latents; numbers of video for one of the latent: {told}.")
-    return lines
 
 
 # --- layouts ------------------------------------------------------------------------------------------------------------
@@ -338,16 +294,17 @@ def _csv(comparison: Comparison) -> str:
         "method": lambda row, column, score: row.method,
         "kind": lambda row, column, score: row.kind,
         "stream": lambda row, column, score: column.stream,
-        "metric": lambda row, column, score: column.name,
+        "metric": lambda row, column, score: column.label,
         "mean": lambda row, column, score: score.mean,
         "low": lambda row, column, score: score.low,
         "high": lambda row, column, score: score.high,
         "clips": lambda row, column, score: score.clips,
+        "films": lambda row, column, score: score.films,
         "best": lambda row, column, score: int(score.best),
         "delta": lambda row, column, score: (score.delta or [None] * 3)[0],
         "delta_low": lambda row, column, score: (score.delta or [None] * 3)[1],
         "delta_high": lambda row, column, score: (score.delta or [None] * 3)[2],
-        "baseline": lambda row, column, score: comparison.baseline,
+        "against": lambda row, column, score: column.against,
         "parameters": lambda row, column, score: row.parameters,
         "compression": lambda row, column, score: row.compression,
         **{key: lambda row, c, s, key=key: getattr(row.speed, key, None) for key in ("fps", "fps_low", "fps_high")},

@@ -4,7 +4,7 @@ All is JSON: what was not measured is None or absent, and no number is NaN.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +29,11 @@ class Run:
     start: str  # where its weights came from before training
     parents: list[str]
     finished: bool
-    minutes: float | None = None
+    pretrained: bool = False  # it, or the first stage before it, began with weights whose training no cost here counts
+    minutes: float | None = None  # of training, what precedes its first step included, without validations
     total_minutes: float | None = None
     devices: int | None = None
-    device_kind: str = ""
+    device_kind: str = ""  # that it was trained on; empty: not known
     device_hours: float | None = None  # total minutes times devices; None where the number of devices is not known
     steps: int | None = None
     total_steps: int | None = None
@@ -44,6 +45,7 @@ class Run:
     evaluated_on: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # of the evaluation, by part
+    code: str = ""  # a hash of the sources that the evaluation ran; empty where it does not say
 
 
 @dataclass
@@ -52,16 +54,23 @@ class Stream:
 
     name: str
     clips: int
-    frames: int
+    frames: int  # up to the last one scored
     size: list[int]
-    stride: int
+    stride: int | None  # in frames of the file; None: it has no one stride
     resize: str
     keys: list[str]
+    films: int | None = None  # that the clips are of
+
+    def __post_init__(self) -> None:
+        self.films = films(self.keys) if self.films is None else self.films
 
 
 @dataclass
 class Column:
-    """One metric on one stream; ``protocol`` is the measured side, which all its scores share."""
+    """One metric on one stream; ``protocol`` is the measured side, which all its scores share.
+
+    Scores of a group of frames that has other frames in other runs are columns of one ``name`` and several ids.
+    """
 
     id: str
     stream: str
@@ -72,18 +81,26 @@ class Column:
     digits: int
     per_clip: bool  # False: a score of all clips together (FVD), which has no interval
     protocol: dict[str, Any]
+    label: str = ""  # for people; the name, where nothing else is said
+    of_truth: bool = False  # the truth has a value of its own (flicker): neither way is better, nearer to it is
+    against: str = ""  # the row that differences are taken from: the baseline's, or the truth's; empty: there are none
+    runs: list[str] | None = None  # those that have it; None: all
+
+    def __post_init__(self) -> None:
+        self.label = self.label or self.name
 
 
 @dataclass
 class Score:
-    """A mean over clips with its 95 % bootstrap interval; ``delta`` is this row minus the baseline on the same clips."""
+    """A mean over clips with its 95 % bootstrap interval; ``delta`` is this row minus the column's ``against`` on the same clips."""
 
-    mean: float
+    mean: float | None  # None: a prediction is not finite, so there is no mean, interval, difference or mark
     low: float | None
     high: float | None
     clips: int
     best: bool = False
     delta: list[float | None] | None = None  # mean, low, high
+    films: int | None = None  # that the clips are of, where that is known
 
 
 @dataclass
@@ -142,6 +159,7 @@ class Comparison:
     papers: list[dict[str, Any]] = field(default_factory=list)
     categories: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)  # of all runs' evaluations, and of what is timed
 
     def run(self, name: str) -> Run:
         """The run of this name. Raises KeyError."""
@@ -156,7 +174,7 @@ class Comparison:
         return _named(self.streams, "name", name)
 
     def column(self, stream: str, name: str) -> Column:
-        """The column of a stream and a score's name. Raises KeyError."""
+        """The column of a stream and a score's name (its id's, where several share the name). Raises KeyError."""
         return _named(self.columns, "id", f"{stream}/{name}")
 
     def columns_of(self, stream: str) -> list[Column]:
@@ -183,6 +201,17 @@ class Comparison:
         made = {"runs": Run, "streams": Stream, "columns": Column}
         lists = {name: [kind(**each) for each in parts[name]] for name, kind in made.items()}
         return cls(**{**parts, **lists, "rows": rows})
+
+
+def films(keys: Iterable[str]) -> int:
+    """How many films clips are of, by their keys: ``film#beginning``."""
+    return len({key.partition("#")[0] for key in keys})
+
+
+def clips_of_films(clips: int, films: int | None) -> str:
+    """``5 clips of 1 film``: clips of one film are less than so many independent ones."""
+    of = "" if films is None else f" of {films} film{'' if films == 1 else 's'}"
+    return f"{clips} clip{'' if clips == 1 else 's'}{of}"
 
 
 def _named(entries: list[Any], attribute: str, wanted: str) -> Any:

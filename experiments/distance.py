@@ -13,7 +13,8 @@ from metrics.intervals import Interval, bootstrap
 
 METRIC = "psnr"
 MEMBER = "in_reference"
-Clips = dict[tuple[str, str], dict[int, float]]  # (stream, key) -> distance -> mean score of the frames at it
+# (stream, key) -> distance -> mean score of the frames at it; None: one of them is not finite
+Clips = dict[tuple[str, str], dict[int, float | None]]
 
 
 def distances(references: Sequence[int]) -> list[int]:
@@ -28,7 +29,8 @@ def by_distance(rows: Sequence[Row], methods: Collection[str]) -> list[dict[str,
     """Mean over clips with its interval, of every stream, method and distance; below the decoder's own, its paired differences.
 
     An entry is {stream, method, minus, distance, clips, mean, low, high}; ``minus`` is the method that was subtracted on the
-    same clips, or None. Bounds are None where there is one clip only. Empty where no row says which frames were references.
+    same clips, or None. Bounds are None where there is one clip only. A prediction that is not finite leaves its method without
+    a mean at that distance (None), as in the means over clips. Empty where no row says which frames were references.
     """
     found: dict[str, Clips] = {}
     for row in rows:
@@ -43,26 +45,30 @@ def by_distance(rows: Sequence[Row], methods: Collection[str]) -> list[dict[str,
     return entries
 
 
-def _per_distance(frames: dict[str, list]) -> dict[int, float]:
-    scores: dict[int, list[float]] = {}
+def _per_distance(frames: dict[str, list]) -> dict[int, float | None]:
+    scores: dict[int, list[float | None]] = {}
     for distance, score in zip(distances(frames[MEMBER]), frames[METRIC], strict=True):
         scores.setdefault(distance, []).append(score)
-    return {distance: sum(some) / len(some) for distance, some in sorted(scores.items())}
+    return {d: None if None in some else sum(some) / len(some) for d, some in sorted(scores.items())}
 
 
 def _entries(stream: str, method: str, own: Clips, minus: str | None, other: Clips | None) -> list[dict[str, Any]]:
-    values: dict[int, list[float]] = {}
+    values: dict[int, list[float | None]] = {}
     for clip, scores in own.items():
         if clip[0] != stream or (other is not None and clip not in other):
             continue
         for distance, score in scores.items():
-            values.setdefault(distance, []).append(score - (0.0 if other is None else other[clip][distance]))
+            beside = 0.0 if other is None else other[clip][distance]
+            values.setdefault(distance, []).append(None if None in (score, beside) else score - beside)
     about = {"stream": stream, "method": method, "minus": minus}
-    return [about | {"distance": d, "clips": len(v)} | _plain(bootstrap(v)) for d, v in sorted(values.items())]
+    return [about | {"distance": d, "clips": len(v)} | _interval(v) for d, v in sorted(values.items())]
 
 
-def _plain(interval: Interval) -> dict[str, float | None]:
-    """Numbers that JSON has: it knows no NaN."""
+def _interval(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Numbers that JSON has: it knows no NaN. All None where a value is."""
+    if None in values:
+        return dict.fromkeys(Interval._fields)
+    interval = bootstrap(values)
     return {name: value if value == value else None for name, value in interval._asdict().items()}
 
 
@@ -93,5 +99,7 @@ def _table(entries: Sequence[dict[str, Any]], column: str, sign: str) -> str:
 
 
 def _cell(entry: dict[str, Any], sign: str) -> str:
+    if entry["mean"] is None:
+        return "not finite"
     shown = f"{entry['mean']:{sign}.2f}"
     return shown if entry["low"] is None else f"{shown} ({entry['low']:{sign}.2f} to {entry['high']:{sign}.2f})"

@@ -42,7 +42,7 @@ from experiments import weights as weights_of
 from experiments.callbacks import Progress
 from experiments.compose import ConfigError, run_cli
 from experiments.config import Experiment, as_dict, load, require_paths
-from experiments.resumed import Resumed, identity
+from experiments.resumed import Resumed, code, identity
 from experiments.runs import CONFIG, LONGEST_NAME, run_dir, run_name
 from experiments.sets import another_shape, check_sets, require_sets
 from experiments.summary import BY_FRAME, CLIPS, DISTANCE, FRAMES, RESULT, TABLE, summarise, write
@@ -118,7 +118,7 @@ def run(
     categories.take_listed(rows, data)
     if "sha256" not in weights and (file := folder.parent / weights["file"]).is_file():
         weights = weights | {"sha256": weights_of.sha256(file)}
-    result = {"experiment": folder.parent.name, "weights": weights} | (about or {}) | told_by
+    result = {"experiment": folder.parent.name, "weights": weights, "code": code()} | (about or {}) | told_by
     result |= summarise(rows, trainer, decoder, data)
     result["distance"] = distance.by_distance(rows, [DECODER, *decoder.own_references()])
     if trainer.is_global_zero:
@@ -258,7 +258,7 @@ def evaluate(
     trainer = build_trainer(experiment, home, [], find_unused=False)
     trainer.logger = None
     try:
-        resumed = Resumed(folder, identity(experiment, data, about, trainer))
+        resumed = Resumed(folder, identity(experiment, decoder, data, about | told_by, trainer))
         resumed.attach(decoder, data)
         trainer.callbacks += [SpacesAgree(), resumed]
         trainer.callbacks += [Bar(len(resumed.done))] if experiment.trainer.progress_bar else []

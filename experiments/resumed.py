@@ -2,8 +2,8 @@
 
 Every process appends to a file of its own, ``part-<rank>.jsonl``: a header that says under what the scores were made, then a
 line per batch, so a kill costs at most the batch that was being decoded. The same command skips the clips that are there, on
-any number of processes; under anything else that decides the numbers (configuration, weights, clips, code, versions) they
-are thrown away. A finished evaluation leaves no such file.
+any number of processes; under anything else that decides the numbers they are thrown away (:func:`identity`). A finished
+evaluation leaves no such file.
 """
 
 import base64
@@ -12,8 +12,9 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +23,109 @@ import numpy as np
 import torch
 from lightning import Callback, Trainer
 
+from datamodules.probe import file_stamp
+from datamodules.reader import ClipRequest
 from decoders.base import Row, VideoDecoder
 from decoders.scoring import FEATURES, added
 from experiments.config import Experiment, as_dict
 
 SYNC_S = 5.0  # a line reaches the kernel at once, which a kill cannot undo, and the disk at least so often
 PARTS = ("family", "decoder", "objective", "latent_space", "space", "pad", "seed")  # of a configuration, what decodes
-CODE = ("datamodules", "decoders", "losses", "metrics")  # whose sources decide the numbers
+ROOT, CACHE = Path(__file__).parent.parent, "cache"
+ROOMS = ("datamodules", "decoders", "losses", "metrics")  # whose sources decide the numbers, and of the experiments':
+MODULES = ("evaluate", "summary", "distance", "categories")  # the floors, the means
+# Whose versions decide them too: they read, resize, warp and hold networks. A film is read by one of each two.
+PACKAGES = (
+    "opencv-python-headless", "opencv-python", "decord2", "decord",
+    "av", "pillow", "torchvision", "diffusers", "transformers",
+)  # fmt: skip
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".json")  # files of networks in a folder
 
 
-def identity(experiment: Experiment, data, weights: dict[str, Any], trainer: Trainer) -> str:
-    """A hash of everything that decides the numbers of an evaluation. Opens files that are not in the index yet."""
+def identity(experiment: Experiment, decoder: VideoDecoder, data, about: dict[str, Any], trainer: Trainer) -> str:
+    """A hash of everything that decides the numbers of an evaluation. Opens files that are not in the index yet.
+
+    Besides the configuration: the weights measured (``about``), the latent space's and the metrics' networks by their
+    contents; other files of networks (a teacher, an interpolator, the space's own decoder) and the clips' files by size and
+    time of change, without reading them; sources; versions of packages; device. Not seen: a teacher that is a hub's name, and
+    that the hub has another under it now.
+    """
     config = as_dict(experiment)
-    streams = data.streams("val")
-    clips = {name: [asdict(s.request(i, None)) for i in range(len(s))] for name, s in streams.items()}
+    requests = {name: [s.request(i, None) for i in range(len(s))] for name, s in data.streams("val").items()}
+    validation = ("metrics", "references", "groups", "weights", "categories")
+    named = {key: config[key] for key in PARTS} | {"weights": config["validation"]["weights"]}
+    folders = [getattr(decoder.latent_space, "folder", ""), *(ROOT / room for room in ROOMS)]  # a hub's copy; our own
     decided = {
         "config": {key: config[key] for key in PARTS} | {"val": config["data"]["val"]},
-        "validation": {key: config["validation"][key] for key in ("metrics", "references", "weights", "categories")},
+        "validation": {key: config["validation"][key] for key in validation},
         "reading": config["data"].get("verify"),
-        "weights": weights,
-        "clips": clips,
-        "precision": [
-            str(trainer.precision),
-            str(trainer.strategy.root_device.type),
-            config["trainer"]["deterministic"],
-        ],
-        "code": _code(),
-        "versions": [torch.__version__, lightning.__version__, np.__version__],
+        "weights": about,
+        "latent_space": decoder.latent_space.fingerprint,
+        "metrics": decoder.metric_protocols,
+        "networks": _stamps([*_strings(named), *map(str, folders)], WEIGHTS),
+        "clips": {name: [asdict(request) for request in some] for name, some in requests.items()},
+        "films": _stamps(_files_of(request for some in requests.values() for request in some)),
+        "precision": [str(trainer.precision), _device(trainer), config["trainer"]["deterministic"]],
+        "code": code(),
+        "versions": [torch.__version__, lightning.__version__, np.__version__, *map(_version, PACKAGES)],
     }
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _code() -> str:
-    digest, root = hashlib.sha256(), Path(__file__).parent.parent
-    for file in sorted(file for room in CODE for file in (root / room).rglob("*.py")):
+def hash_of_sources(root: Path) -> str:
+    """Of the sources below ``root`` that decide an evaluation's numbers: their names and bytes."""
+    digest = hashlib.sha256()
+    files = [file for room in ROOMS for file in (root / room).rglob("*.py")]
+    files += [file for name in MODULES if (file := root / "experiments" / f"{name}.py").is_file()]
+    for file in sorted(files):
         digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+_CODE = hash_of_sources(ROOT)  # now, when they are imported: a training may last days
+
+
+def code() -> str:
+    """The hash of the sources that this process runs, which every result carries (:func:`hash_of_sources`)."""
+    return _CODE
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device(trainer: Trainer) -> str:
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _strings(values: Any) -> Iterator[str]:
+    """All strings in lists and dictionaries, but where a cache is kept: it grows, and decides nothing."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, dict | list | tuple):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            if key != CACHE:
+                yield from _strings(value)
+
+
+def _files_of(requests: Iterable[ClipRequest]) -> Iterator[str]:
+    for r in requests:
+        yield from (r.path, r.reference, r.input, r.mask, r.edited)
+
+
+def _stamps(names: Iterable[str], suffixes: tuple[str, ...] = ()) -> list[Any]:
+    """(name, size, time of change) of those that are files, and of the files in those that are folders; any suffix, or these."""
+    found = []
+    for name in sorted(set(names) - {""}):
+        path = Path(os.path.expandvars(name)).expanduser()
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = [file for file in inside if file.is_file() and (file == path or file.name.endswith(suffixes or ("",)))]
+        found += [(str(file), *file_stamp(file)) for file in files]
+    return found
 
 
 class Resumed(Callback):

@@ -5,6 +5,7 @@ index, ``result.json`` the means, ``table.md`` the same to read. A score that a 
 """
 
 import csv
+import itertools
 import json
 import math
 import statistics
@@ -18,9 +19,10 @@ import torch
 from lightning import Trainer
 
 from decoders.base import DECODER, PER_FRAME, Row, VideoDecoder
-from decoders.scoring import BROKEN, FEATURES, mean_score, number, set_score
+from decoders.scoring import BROKEN, FEATURES, SCORED, mean_score, number, set_score
 from experiments import categories, distance
 from experiments.checkpoints import write_atomically
+from experiments.comparison import films
 from experiments.measured import markdown
 from metrics.base import SetMetric
 from metrics.protocol import Protocol, clip_list_hash
@@ -45,7 +47,10 @@ def summarise(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) ->
 
 
 def means(rows: Sequence[Row], decoder: VideoDecoder, streams: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry per stream and method, the decoder's own first: {stream, method, clips, scores, spread}."""
+    """One entry per stream and method, the decoder's own first: {stream, method, clips, films, scores, spread}.
+
+    ``films``: how many the clips are of, where their keys tell (``film#beginning``).
+    """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["stream"], row["method"]), []).append(row)
@@ -53,7 +58,10 @@ def means(rows: Sequence[Row], decoder: VideoDecoder, streams: Sequence[str]) ->
     found = []
     for (stream, method), clips in sorted(groups.items(), key=lambda g: (order[g[0][0]], g[0][1] != DECODER)):
         scores, spread = scores_of(clips, decoder)
-        found.append({"stream": stream, "method": method, "clips": len(clips), "scores": scores, "spread": spread})
+        keys = [row["key"] for row in clips]
+        told = {"films": films(keys)} if all("#" in key for key in keys) else {}
+        about = {"stream": stream, "method": method, "clips": len(clips)} | told
+        found.append(about | {"scores": scores, "spread": spread})
     return found
 
 
@@ -107,19 +115,23 @@ def protocols(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) ->
             continue
         config, first = data.config.val[stream], clips[0]
         columns = score_columns(first, decoder)
+        frames, stride, apart = scored_frames(first, resampled=config.fps is not None or config.still)
         for metric in set_metrics(decoder):
             columns[set_column(metric, set_score_windows(metric, clips))] = (metric.name, None)
         for name, (metric, group) in columns.items():
-            definition = decoder.metric_protocols[metric] | ({"only_frames": group} if group else {})
+            definition = decoder.metric_protocols[metric] | (only_frames(group, clips) if group else {})
+            definition |= {"scored_frames": apart} if apart else {}
             definition |= {"decoding": chosen} if (chosen := decoder.decoding(stream)) else {}
             if mask := data.streams("val")[stream].mask:
                 definition |= {"pixels": f"outside the edit, {mask} masks; inside, the prediction is the target"}
             found[f"{stream}/{name}"] = Protocol(
                 metric=name,
-                frames=(0, first["frames"]),
-                frame_stride=1,
+                frames=frames,
+                frame_stride=stride,
                 size=(first["height"], first["width"]),
-                resize=f"PIL bicubic, {config.how_resized}, centre" + (f", {config.fps:g} fps" if config.fps else ""),
+                resize=f"PIL bicubic, {config.how_resized}, centre"
+                + (f", {config.fps:g} fps" if config.fps else "")
+                + (", one frame repeated" if config.still else ""),
                 clips=clip_list_hash(row["key"] for row in clips),
                 num_clips=len(clips),
                 dtype=str(trainer.precision),
@@ -127,6 +139,36 @@ def protocols(rows: list[Row], trainer: Trainer, decoder: VideoDecoder, data) ->
                 definition=definition,
             ).to_dict()
     return found
+
+
+def scored_frames(row: Row, resampled: bool) -> tuple[tuple[int, int], int | None, str]:
+    """Which frames of a delivered clip are scored: [from, to); their stride in frames of the file, None where clips are
+    ``resampled`` or there is no one stride; and which they are, where that does not say it."""
+    frames = row.get(SCORED) or range(row["frames"])
+    steps = {later - earlier for earlier, later in itertools.pairwise(frames)} or {1}
+    stride = steps.pop() if len(steps) == 1 and (not resampled or steps == {1}) else None
+    return (frames[0], frames[-1] + 1), None if resampled else stride, "" if stride else _ranges(frames)
+
+
+def only_frames(group: str, clips: Iterable[Row]) -> dict[str, Any]:
+    """Which frames a group of them has: groups of one name and other frames are other columns."""
+    members = {row["key"]: [t for t, inside in enumerate(row[PER_FRAME][f"in_{group}"]) if inside] for row in clips}
+    several = {_ranges(frames) for frames in members.values()}
+    if len(several) == 1:
+        return {"only_frames": {"group": group, "frames": several.pop()}}
+    digest = clip_list_hash(f"{key}: {_ranges(frames)}" for key, frames in members.items())
+    return {"only_frames": {"group": group, "frames": "differ by clip", "hash": digest}}
+
+
+def _ranges(frames: Sequence[int]) -> str:
+    """0, 3, 4, 5 -> "0, 3-5"."""
+    parts: list[list[int]] = []
+    for frame in frames:
+        if parts and frame == parts[-1][1] + 1:
+            parts[-1][1] = frame
+        else:
+            parts.append([frame, frame])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
 def set_score_windows(metric: SetMetric, clips: Iterable[Row]) -> int:
@@ -147,7 +189,7 @@ def by_frame(rows: Sequence[Row], metrics: Iterable[str]) -> list[dict[str, Any]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["stream"], row["method"]), []).append(row)
-    names = [name for name in metrics if all(name in row[PER_FRAME] for row in rows)]
+    names = [name for name in metrics if any(name in row[PER_FRAME] for row in rows)]
     lines = []
     for (stream, method), clips in groups.items():
         broken = {name for row in clips for name in row.get(BROKEN, ())}
@@ -155,7 +197,8 @@ def by_frame(rows: Sequence[Row], metrics: Iterable[str]) -> list[dict[str, Any]
             there = [row for row in clips if frame < row["frames"]]
             line: dict[str, Any] = {"stream": stream, "method": method, "frame": frame, "clips": len(there)}
             for name in names:
-                scores = [s for row in there if (s := row[PER_FRAME][name][frame]) is not None and name not in broken]
+                frames = [row[PER_FRAME][name][frame] for row in there if name in row[PER_FRAME] and name not in broken]
+                scores = [score for score in frames if score is not None]
                 line[name] = statistics.fmean(scores) if scores else None
             lines.append(line)
     return lines
@@ -174,7 +217,7 @@ def write(folder: Path, rows: list[Row], result: dict[str, Any], metrics: Iterab
 
         return write
 
-    inner = (PER_FRAME, FEATURES, BROKEN)
+    inner = (PER_FRAME, FEATURES, BROKEN, SCORED)
     write_atomically(folder / CLIPS, written([{k: v for k, v in row.items() if k not in inner} for row in rows]))
     frames = [
         {k: row[k] for k in ("stream", "key", "method")} | {"frame": t} | {k: v[t] for k, v in row[PER_FRAME].items()}
@@ -203,7 +246,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [["clips", "method", *names]]
     for mean in result["means"]:
         size = next(p["size"] for key, p in result["protocols"].items() if key.startswith(f"{mean['stream']}/"))
-        label = f"{mean['stream']} ({mean['clips']} of {size[0]}x{size[1]})"
+        of = f", from {few} film{'s' * (few > 1)}" if (few := mean.get("films", mean["clips"])) < mean["clips"] else ""
+        label = f"{mean['stream']} ({mean['clips']} of {size[0]}x{size[1]}{of})"
         lines.append([label, mean["method"], *(_cell(mean, name) for name in names)])
     below = ""
     for stream, files in result["files"].items():

@@ -173,11 +173,18 @@ def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), call
 
 
 def train_missing(names: Sequence[str], overrides: Sequence[str]) -> None:
-    """Train, or finish, the runs of these experiments, under those of the overrides that change no result."""
+    """Train, or finish, the runs of these experiments, under those of the overrides that change no result.
+
+    All are looked at before the first is trained. Raises ConfigError for one that was begun, or is complete, under another
+    configuration.
+    """
     neutral = [text for text in overrides if is_neutral(text.partition("=")[0])]
-    for name in names:
+    experiments = {name: load(name, neutral) for name in names}
+    for name, experiment in experiments.items():
+        check_resume(experiment, run_dir(name))
+    for name, experiment in experiments.items():
         if not (run_dir(name) / DONE).is_file():
-            train(load(name, neutral), name, neutral)
+            train(experiment, name, neutral)
 
 
 def quiet() -> None:
@@ -205,9 +212,11 @@ def begin(folder: Path, experiment: Experiment, trainer: Trainer, decoder: Video
     board.begin(trainer.logger.experiment)
     millions = sum(p.numel() for p in decoder.inference_parameters().values()) / 1e6
     device = torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "CPU"
+    t = experiment.trainer
+    until = f"for {t.budget_minutes:g} minutes" if t.budget_minutes else f"steps to {t.max_steps}"
     say(
         f"{'resuming' if resume else 'training'} {folder.name}: {millions:.1f} M parameters, "
-        f"{trainer.world_size} x {device}, {trainer.precision}, steps to {experiment.trainer.max_steps}, in {folder}"
+        f"{trainer.world_size} x {device}, {trainer.precision}, {until}, in {folder}"
     )
 
 
@@ -229,7 +238,7 @@ def finish(
     summary = {
         "steps": trainer.global_step,
         "clips_seen": decoder.clips_seen,
-        "minutes": round((budget or keep).seconds / 60, 2),
+        "minutes": round(keep.seconds / 60, 2),
     }
     summary |= {
         "precision": trainer.precision,

@@ -14,6 +14,7 @@ from losses.pixel import check_pair
 _PIXELS_PER_CHUNK = 1 << 21  # one 1080p frame, eight of 480 x 480: bounds memory, changes no value
 _KEPT_BYTES = 1 << 30  # of one metric, on the device of its inputs
 _LOOKS_LIKE_BYTES = 32.0  # no decoder that means [-1, 1] gives nothing below 0 and this much
+_OVERSHOT, _SHIFT, _CLOSER = 0.05, 0.15, 4.0  # of :func:`_looks_halved`
 
 
 class Metric(ABC):
@@ -52,13 +53,14 @@ class Metric(ABC):
 
         NaN where a frame has no score: the first one of a metric of ``pairs``. What ``mask`` does not count (0) cannot
         touch the score: there the prediction is replaced by the target, and averages run over what counts. Raises
-        ValueError for shapes that differ, a target outside [-1, 1] or a prediction of [0, 255] (uint8?), and a frame
-        in which nothing counts.
+        ValueError for shapes that differ, a target outside [-1, 1], a prediction of [0, 255] (uint8?), a clip of which
+        one side is [0, 1] and the other [-1, 1], and a frame in which nothing counts.
         """
         check_pair(prediction, target, mask)
         _check_range(target if mask is None else torch.where(mask > 0, target, 0.0))
         _check_prediction(prediction)
         _check_counts(mask)
+        _check_one_range(prediction, target, mask)
         if self._kept is not None:
             self._kept.rewind()
         clips = zip(prediction, target, [None] * len(target) if mask is None else mask, strict=True)
@@ -213,6 +215,35 @@ def _check_prediction(prediction: Tensor) -> None:
         raise ValueError(
             f"the prediction has values from {low:.4g} to {high:.4g}: not RGB in [-1, 1], as the target is"
         )
+
+
+def _check_one_range(prediction: Tensor, target: Tensor, mask: Tensor | None) -> None:
+    sides = {"prediction": prediction, "target": target}
+    for clip in range(len(target)):
+        counted = slice(None) if mask is None else mask[clip, 0] > 0
+        for one, other in (("prediction", "target"), ("target", "prediction")):
+            if _looks_halved(sides[one][clip][:, counted], sides[other][clip][:, counted]):
+                raise ValueError(
+                    f"the {one} of clip {clip} looks like RGB in [0, 1] and the {other} like RGB in [-1, 1] (2 v - 1 of the "
+                    f"{one} is far closer to the {other} than v): metrics take [-1, 1] of both"
+                )
+
+
+def _looks_halved(one: Tensor, other: Tensor) -> bool:
+    """Whether ``one`` is about ``(other + 1) / 2``: pixels (3, ...) of one clip.
+
+    It is nowhere below 0, on the whole brighter, and becomes at least four times as close by ``2 v - 1``, which then explains
+    three quarters of the other's variance. A decoder that means [-1, 1] would have to halve all contrasts about white.
+    A film that is nearly white throughout, and two sides in [0, 1], cannot be told from what is right.
+    """
+    low, high = (value.item() for value in one.aminmax())
+    if not (low >= -_OVERSHOT and high <= 1 + _OVERSHOT):  # so it is with most clips, and with NaN
+        return False
+    one, other = one.float(), other.float()
+    if not one.mean() - other.mean() > _SHIFT:
+        return False
+    apart, stretched = (one - other).square().mean(), (2 * one - 1 - other).square().mean()
+    return bool(_CLOSER * stretched < torch.minimum(apart, other.var(correction=0)))
 
 
 def _check_counts(mask: Tensor | None) -> None:

@@ -25,8 +25,10 @@ class Protocol:
     """
 
     metric: str  # "psnr", "lpips_alex", ...
-    frames: tuple[int, int]  # scored of each clip, [from, to): what is read only to fill a chunk is not among them
-    frame_stride: int  # scored frame to scored frame, in frames of the file's native rate
+    frames: tuple[int, int]  # of each clip: the first that is scored, one past the last; what is only read is outside
+    # Scored frame to scored frame, in frames of the file's native rate. None: there is no such number (another frame rate,
+    # which ``resize`` names; one frame repeated). Results before 2026-11-22 have 1 there too.
+    frame_stride: int | None
     size: tuple[int, int]  # height, width that are scored
     resize: str  # filter and crop, e.g. "pil bicubic, shorter side, centre crop"
     clips: str  # clip_list_hash of the clips' keys
@@ -39,7 +41,8 @@ class Protocol:
     def __post_init__(self):
         if len(self.frames) != 2 or not 0 <= self.frames[0] < self.frames[1]:
             raise ValueError(f"frames must be (first, one past the last), got {self.frames}")
-        if len(self.size) != 2 or min(self.size) < 1 or self.frame_stride < 1 or self.num_clips < 1:
+        stride = 1 if self.frame_stride is None else self.frame_stride
+        if len(self.size) != 2 or min(*self.size, self.num_clips, stride) < 1:
             raise ValueError(f"size, frame_stride and num_clips must be positive, got {self}")
         # As JSON would give it back, so that a protocol read from a result equals the one that was written.
         object.__setattr__(self, "definition", json.loads(json.dumps(dict(self.definition), sort_keys=True)))
@@ -71,6 +74,11 @@ class Protocol:
         """What was scored and how; equal for all results of a column. Plain values."""
         values = {key: value for key, value in self.to_dict().items() if key not in MADE}
         return values | {"definition": {k: v for k, v in values["definition"].items() if k != DECODING}}
+
+    @property
+    def num_frames(self) -> int:
+        """Scored frames of each clip; counts all from the first to the last where they have no one stride."""
+        return len(range(*self.frames, self.frame_stride or 1))
 
     def made(self) -> dict[str, Any]:
         """How the pixels came about, shown in the row: what is None is left out, choices of decoding stand by their names."""

@@ -1,5 +1,7 @@
 """Evaluations and runs made by hand, for tests of what a comparison does with them."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from decoders.base import DECODER
@@ -8,7 +10,7 @@ from experiments.comparison import Run
 from metrics.protocol import Protocol, clip_list_hash
 
 
-def protocol(metric: str = "psnr", clips: str = "abc", **changes) -> Protocol:
+def protocol(metric: str = "psnr", clips: Sequence[str] = "abc", **changes) -> Protocol:
     settings = dict(
         metric=metric, frames=(0, 9), frame_stride=1, size=(32, 48), resize="crop", clips=clip_list_hash(clips),
         num_clips=len(clips), dtype="32-true", latent_space="dct-1", definition={"peak": 1.0},
@@ -17,24 +19,35 @@ def protocol(metric: str = "psnr", clips: str = "abc", **changes) -> Protocol:
 
 
 def evaluation(name: str, methods: dict[str, dict[str, dict[str, float]]], of_all=None, **changes) -> Evaluation:
-    """``methods``: method -> metric -> clip (a letter) -> score, on the stream "s"; ``of_all``: method -> set metric -> score."""
+    """``methods``: method -> metric -> clip (a letter) -> score, on the stream "s"; ``of_all``: method -> set metric -> score.
+
+    A score that is NaN is of a prediction that is not finite: an empty cell, and no mean.
+    """
     of_all = of_all or {}
     metrics = {m: sorted(scores) for m, scores in methods[DECODER].items()}
-    protocols = {f"s/{m}": protocol(m, "".join(keys), **changes).to_dict() for m, keys in metrics.items()}
+    protocols = {f"s/{m}": protocol(m, keys, **changes).to_dict() for m, keys in metrics.items()}
     letters = next(iter(metrics.values()))
-    protocols |= {f"s/{m}": protocol(m, "".join(letters), **changes).to_dict() for m in of_all.get(DECODER, {})}
+    protocols |= {f"s/{m}": protocol(m, letters, **changes).to_dict() for m in of_all.get(DECODER, {})}
     means = [
         {
             "stream": "s",
             "method": method,
             "clips": len(letters),
-            "scores": dict.fromkeys(scores, 0.0) | of_all.get(method, {}),
+            "scores": {m: None if _broken(values) else 0.0 for m, values in scores.items()} | of_all.get(method, {}),
         }
         for method, scores in methods.items()
     ]
     result = {"means": means, "protocols": protocols, "compression": 64.0, "device": "cpu"}
-    clips = {("s", method): {"frames": dict.fromkeys(letters, 9.0)} | scores for method, scores in methods.items()}
+    clips = {
+        ("s", method): {"frames": dict.fromkeys(letters, 9.0)}
+        | {m: {k: v for k, v in values.items() if not math.isnan(v)} for m, values in scores.items()}
+        for method, scores in methods.items()
+    }
     return Evaluation(name, Path("/nowhere"), result, clips)
+
+
+def _broken(values: dict[str, float]) -> bool:
+    return any(math.isnan(value) for value in values.values())
 
 
 def run(name: str) -> Run:

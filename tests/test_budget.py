@@ -12,8 +12,9 @@ import torch
 from lightning import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from decoders.base import VideoDecoder
 from experiments import budget
-from experiments.checkpoints import LAST
+from experiments.checkpoints import LAST, Checkpoints
 from experiments.compose import ConfigError
 from experiments.config import load
 from experiments.train import train
@@ -70,18 +71,40 @@ def test_time_goes_on_after_an_interruption(ticking) -> None:
     assert 1.0 <= spent < 1.5
 
 
-def test_validation_takes_no_time_of_the_budget() -> None:
-    ticks = iter([0.0, 10.0, 500.0, 505.0])  # start; validation from 10 to 500; five more seconds
-    clock = budget.Budget(minutes=1)
-    trainer = SimpleNamespace(world_size=1, state=SimpleNamespace(fn="fit"), sanity_checking=False)
-    budget_time, budget.time = budget.time, SimpleNamespace(monotonic=lambda: next(ticks))
-    try:
-        clock._since = budget.time.monotonic()
-        clock.on_validation_start(trainer, None)
-        clock.on_validation_end(trainer, None)
-        assert clock.seconds == 15.0
-    finally:
-        budget.time = budget_time
+@pytest.mark.parametrize("make", [lambda: budget.Budget(minutes=1), lambda: Checkpoints(Path("nowhere"), "x", 1)])
+def test_validation_takes_no_time(monkeypatch, make) -> None:
+    """Neither of the budget nor of the minutes that a run is said to have trained."""
+    ticks = iter(
+        [0.0, 10.0, 500.0, 505.0, 506.0]
+    )  # start; validation and pictures from 10 to 500; five seconds; the end
+    clock = make()
+    trainer = SimpleNamespace(world_size=1, state=SimpleNamespace(fn="fit"), sanity_checking=True, global_step=0)
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    clock.on_fit_start(trainer, None)
+    clock.on_validation_start(trainer, None)
+    clock.on_train_batch_start(trainer, None, None, 0)
+    assert clock.seconds == 15.0
+    clock._saved_step = 0  # nothing is left to be saved
+    clock.on_train_end(trainer, None)
+    clock.on_validation_start(trainer, None)  # the evaluation at the end
+    assert clock.state_dict() == {"seconds": 16.0}
+
+
+def test_what_a_module_does_before_its_first_step_counts(monkeypatch, runs_root) -> None:
+    """Calibration, pruning and statistics are training: of an hour's budget too, and of the minutes that are told."""
+    now = [0.0]
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    begin = VideoDecoder.on_fit_start
+
+    def prune(self) -> None:
+        now[0] += 30.0
+        begin(self)
+
+    monkeypatch.setattr(VideoDecoder, "on_fit_start", prune)
+    overrides = (*QUICK, "trainer.budget_minutes=0.5")
+    folder = train(load(NAME, overrides), NAME, overrides)
+    done = json.loads((folder / "done.json").read_text())
+    assert (done["minutes"], done["steps"]) == (0.5, 1), "the budget was used up before the first step"
 
 
 def test_a_budget_of_nothing_is_refused() -> None:

@@ -1,12 +1,16 @@
 """Two commands from runs to a table: real runs of the debug experiments, evaluated and compared, checked by hand."""
 
+import copy
 import csv
+import dataclasses
 import json
 import os
 import statistics
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from experiments import compare, compare_runs, compare_speed, compare_table
 from experiments.checkpoints import save_weights
@@ -118,7 +122,7 @@ def test_one_command_writes_tables_and_plots(root, tmp_path, capsys, comparison)
     assert all((tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pictures)
     assert (tmp_path / "table.txt").read_text() in printed and "mean colour" not in printed
     assert f"python -m experiments.compare {FIRST} {SECOND} speed=false" in (tmp_path / "table.md").read_text()
-    assert "2 clips (list " in printed and "32x48" in printed and "32-true on cpu" in printed
+    assert "2 clips of 2 films (list " in printed and "32x48" in printed and "32-true on cpu" in printed
 
 
 def test_a_run_that_stopped_early_says_so_and_its_overrides_are_found(root):
@@ -126,7 +130,7 @@ def test_a_run_that_stopped_early_says_so_and_its_overrides_are_found(root):
     assert compare_runs.overrides_of(name) == [CHANGED] and compare_runs.as_trained(name).optim.lr != 0.5
     assert not compare_runs.finished(name) and compare_runs.newest_step(name) == 3
     assert compare_runs.cost(name) == {
-        "minutes": None, "steps": None, "clips_seen": None, "precision": None, "devices": 1,
+        "minutes": None, "steps": None, "clips_seen": None, "precision": None, "devices": 1, "device": "CPU",
     }  # fmt: skip
     with pytest.raises(ConfigError, match=f"to its end.*make exp={FIRST}$"):
         compare.gather([FIRST, name], finished=True)
@@ -136,7 +140,9 @@ def test_what_an_experiment_starts_from_needs_no_run(root):
     name = f"{FIRST}+decoder.depth=1:start"
     compare_runs.require_trained(name)
     assert compare_runs.as_trained(name).decoder.depth == 1 and compare_runs.newest_step(name) is None
-    assert compare_runs.cost(name)["minutes"] == 0 and compare_runs.parents(name) == [] and compare_runs.finished(name)
+    assert (
+        compare_runs.cost(name)["minutes"] is None and compare_runs.parents(name) == [] and compare_runs.finished(name)
+    )
     fewer, more = (compare_runs.decoder_parameters(n)[0] for n in (name, FIRST))
     assert 0 < fewer < more
     assert compare_runs.decoder_parameters(f"{SECOND}:start")[0] > 0
@@ -177,6 +183,89 @@ def test_weights_evaluated_before_the_last_step_are_evaluated_again(root, compar
     assert asked == [(FIRST, [], None, None)]
 
 
+def test_a_start_costs_what_the_run_it_starts_from_did(root):
+    name = f"{FIRST}+init_from={SECOND}:start"
+    assert compare_runs.parents(name) == [SECOND] and compare_runs.start(name) == f"init_from {SECOND}"
+    costs = [compare_runs.cost(each) for each in (name, SECOND)]
+    assert [cost["minutes"] for cost in costs] == [0.0, 3.0] and [cost["steps"] for cost in costs] == [0, 3]
+    assert compare_runs.cost(f"{FIRST}:start")["minutes"] is None, "nobody here knows what released weights cost"
+    assert compare_runs.start(f"{FIRST}:start") == "as they are there" and compare_runs.pretrained(f"{FIRST}:start")
+
+
+@pytest.mark.parametrize(
+    ("objective", "told", "pretrained"),
+    [
+        ({"teacher": "wan_mini", "start": {"method": "greedy", "refit": True}}, "objective.teacher wan_mini; objective.start method=greedy", True),
+        ({"teacher": "wan_mini", "start": None}, "from scratch", False),
+        ({"start": "wan_mini", "transformer": None}, "objective.start wan_mini", True),
+        ({"start": "random", "transformer": "Wan-AI"}, "objective.transformer Wan-AI", True),
+        ({"start": "random"}, "from scratch", False),
+        ({"steps": 1}, "from scratch", False),
+    ],
+)  # fmt: skip
+def test_what_a_run_starts_from_is_named(runs_root, objective, told, pretrained):
+    (runs_root / "a_run").mkdir(parents=True)
+    (runs_root / "later").mkdir()
+    (runs_root / "a_run" / "config.yaml").write_text(yaml.safe_dump({"init_from": None, "objective": objective}))
+    (runs_root / "later" / "config.yaml").write_text(yaml.safe_dump({"init_from": "a_run", "objective": {}}))
+    assert (compare_runs.start("a_run"), compare_runs.pretrained("a_run")) == (told, pretrained)
+    assert (compare_runs.start("later"), compare_runs.pretrained("later")) == ("init_from a_run", pretrained)
+
+
+def test_runs_that_start_from_pretrained_weights_are_named_below_the_costs(comparison):
+    begun = copy.deepcopy(comparison)
+    assert "pretrained" not in compare_table.render(begun, "txt")
+    begun.run(SECOND).pretrained = True
+    text = compare_table.render(begun, "txt")
+    assert f"{SECOND} starts from pretrained weights whose training is not counted." in text
+    assert "LatentSpace" not in text and "REGEN's paper leaves the first frame out" in text
+
+
+def test_a_checkpoints_time_is_that_of_the_callback_that_counts_it(runs_root):
+    folder = runs_root / FIRST
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(resolved_yaml(load(FIRST)))
+    callbacks = {"Other": {"seconds": 6.0}, "Checkpoints": {"seconds": 120.0}}
+    torch.save({"callbacks": callbacks, "global_step": 2, "seen": {"clips": 4}}, folder / "last.ckpt")
+    assert compare_runs.cost(FIRST)["minutes"] == 2.0 and compare_runs.cost(FIRST)["steps"] == 2
+
+
+def test_other_bytes_of_the_same_step_are_evaluated_again(root, comparison, monkeypatch):
+    path = root / FIRST / "evaluation" / "result.json"
+    kept, result = path.read_text(), json.loads(path.read_text())
+    assert len(result["weights"]["sha256"]) == 64
+    monkeypatch.setattr(compare.compare_scores.evaluate, "evaluate", lambda *_, **__: result | {"again": True})
+    assert "again" not in compare.compare_scores.read(FIRST).result
+    try:
+        path.write_text(json.dumps(result | {"weights": result["weights"] | {"sha256": "0" * 64}}))
+        assert compare.compare_scores.read(FIRST).result["again"]
+    finally:
+        path.write_text(kept)
+
+
+def test_other_code_is_told(comparison):
+    later = copy.deepcopy(comparison)
+    assert not any("other code" in note for note in later.notes)
+    later.run(SECOND).code = "of another day"
+    assert f"{SECOND}: evaluated by other code than today's: make evaluate exp=... measures again." in compare._notes(
+        later
+    )
+
+
+def test_a_folder_keeps_what_is_not_the_commands_own(comparison, tmp_path):
+    (tmp_path / "table.txt").write_text("not a comparison's folder: nothing is taken away")
+    (tmp_path / "scatter_mine.txt").write_text("mine")
+    (tmp_path / "fps_psnr.png").write_text("of somebody")
+    compare.write(comparison, tmp_path)
+    assert (tmp_path / "fps_psnr.png").exists()
+    (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "fps_lpips_alex.svg").write_text("of the comparison before, which had speeds")
+    compare.write(comparison, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"notes.md", "scatter_mine.txt", "table.txt", "comparison.json"} <= names
+    assert not {"fps_lpips_alex.svg", "fps_psnr.png"} & names
+
+
 # --- speed --------------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +300,33 @@ def test_what_is_timed_decodes_the_clip(root, method):
     assert found["seconds"] > 0 and (found["beyond_bytes"] is None or found["beyond_bytes"] >= 0)
     own = sum(p.nbytes for p in build(load(FIRST)).model.parameters())
     assert timed.description()["weights_bytes"] == (own if method == "decoder" else None)
+
+
+def test_what_is_timed_is_what_was_evaluated(root, monkeypatch):
+    """Overrides of the evaluation (sampling steps, padding) reach the decoders that are timed."""
+    asked, real = [], compare.compare_scores.read
+
+    class Stopped(Exception):
+        """Nothing is decoded here."""
+
+    def stop(rows, *_, **how):
+        asked.append(how["overrides"])
+        raise Stopped
+
+    def read(name, sets, overrides):
+        asked.append(overrides)
+        return real(name, sets)
+
+    monkeypatch.setattr(compare.compare_scores, "read", read)
+    monkeypatch.setattr(compare_speed, "measure", stop)
+    with pytest.raises(Stopped):
+        compare.main([FIRST, "pad=replicate"])
+    assert asked == [["pad=replicate"]] * 2
+    turn = compare_speed.Turn("x", FIRST, "decoder", "unseen", 9, (30, 46), "cpu", bf16=False)
+    with pytest.raises(ValueError, match="multiples of"):
+        compare_speed.Timed(turn)
+    padded = dataclasses.replace(turn, overrides=("pad=replicate",))
+    assert compare_speed.Timed(padded).measure()["seconds"] > 0
 
 
 @pytest.mark.slow

@@ -31,11 +31,14 @@ def test_pauses_do_not_count_and_repeated_steps_show_the_later_value(tmp_path):
     assert learning_curves(tmp_path / "nowhere") == {}
 
 
-def test_scores_by_frame_are_means_over_clips(tmp_path):
-    lines = ["stream,key,method,frame,psnr,jump,in_others", "s,a,decoder,0,10,nan,0", "s,b,decoder,0,20,nan,0"]
-    lines += ["s,a,decoder,1,30,0.5,1", "s,a,floor,0,1,nan,0"]
-    (tmp_path / "frames.csv").write_text("\n".join(lines) + "\n")
+def test_scores_by_frame_are_the_evaluations_own(tmp_path):
+    """``by_frame.csv`` has no mean where a prediction was not finite; means made anew of what is left in frames.csv would."""
+    lines = ["stream,method,frame,clips,psnr,jump", "s,decoder,0,2,15,", "s,decoder,1,1,30,0.5", "s,floor,0,1,1,"]
+    lines += ["s,broken,0,2,,", "s,broken,1,2,,"]
+    (tmp_path / "by_frame.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "frames.csv").write_text("stream,key,method,frame,psnr\ns,a,broken,0,nan\ns,b,broken,0,20\n")
     found = by_frame(tmp_path)
     assert found["s", "decoder"]["psnr"] == [15.0, 30.0] and found["s", "floor"]["psnr"] == [1.0]
     jump = found["s", "decoder"]["jump"]
-    assert math.isnan(jump[0]) and jump[1] == 0.5 and "in_others" not in found["s", "decoder"]
+    assert math.isnan(jump[0]) and jump[1] == 0.5 and set(found["s", "decoder"]) == {"psnr", "jump"}
+    assert all(map(math.isnan, found["s", "broken"]["psnr"])) and len(found["s", "broken"]["psnr"]) == 2

@@ -6,27 +6,28 @@ import pytest
 from compare_small import evaluation, run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from experiments import compare_plots, compare_scores, compare_table
+from decoders.scoring import TRUTH
+from experiments import compare_notes, compare_plots, compare_scores, compare_speed, compare_table
 from experiments.comparison import FLOOR, METHOD, RUN, SPACE, Comparison, Speed
 from experiments.compose import ConfigError
 from metrics.intervals import bootstrap
 
 FLOORS = ("mean colour of the clip", "the dct space's own decoder")
-A = {"a": 20.0, "b": 25.0, "c": 30.0}
-FLOOR_SCORES = {"a": 10.0, "b": 11.0, "c": 12.0}
+A = {"a": 20.0, "b": 25.0, "c": 30.0, "d": 21.0, "e": 29.0, "f": 25.0}
+FLOOR_SCORES = dict(zip("abcdef", (10.0, 11.0, 12.0, 10.5, 11.5, 11.0), strict=True))
 
 
 def shifted(by: float, **changes: float) -> dict[str, float]:
     return {key: value + by for key, value in A.items()} | changes
 
 
-def compared(*evaluations, methods: str = "some") -> Comparison:
+def compared(*evaluations, methods: str = "some", references=FLOORS) -> Comparison:
     streams, columns = compare_scores.columns(evaluations)
     runs = [run(each.name) for each in evaluations]
     rows = [
         row
         for each, about in zip(evaluations, runs, strict=True)
-        for row in compare_scores.rows(each, about, columns, FLOORS, methods)
+        for row in compare_scores.rows(each, about, columns, references, methods)
     ]
     comparison = Comparison(
         title="t", command="c", date="2026-01-01", baseline=runs[0].name, sets=None, versions={"torch": "2"}, machine={},
@@ -35,14 +36,14 @@ def compared(*evaluations, methods: str = "some") -> Comparison:
     compare_scores.differences(comparison)
     compare_scores.mark_best(comparison)
     compare_scores.shares(comparison)
-    comparison.notes = compare_table.notes(comparison)
+    comparison.notes = compare_notes.notes(comparison)
     return comparison
 
 
 def test_means_intervals_and_paired_differences():
     comparison = compared(evaluation("x", {"decoder": {"psnr": A}}), evaluation("y", {"decoder": {"psnr": shifted(1)}}))
     x, y = (comparison.row(name).scores["s/psnr"] for name in "xy")
-    assert (x.mean, x.low, x.high) == pytest.approx(bootstrap([20.0, 25.0, 30.0]))
+    assert (x.mean, x.low, x.high) == pytest.approx(bootstrap(list(A.values())))
     assert x.delta is None and y.delta == pytest.approx(
         [1, 1, 1]
     )  # every clip is one better: no doubt, though intervals overlap
@@ -50,7 +51,7 @@ def test_means_intervals_and_paired_differences():
 
 
 def test_ties_are_marked_together_and_the_lower_may_be_better():
-    near = {"a": 20.5, "b": 24.4, "c": 30.2}
+    near = {"a": 20.5, "b": 24.4, "c": 30.2, "d": 21.2, "e": 28.4, "f": 25.1}
     three = [("x", A), ("y", near), ("z", shifted(-3))]
     comparison = compared(*(evaluation(name, {"decoder": {"psnr": s, "lpips_alex": s}}) for name, s in three))
     best = {c: [row.id for row in comparison.rows if row.scores[c].best] for c in ("s/psnr", "s/lpips_alex")}
@@ -83,7 +84,7 @@ def test_what_was_measured_otherwise_is_refused(change, field):
 def test_other_clips_are_refused_and_so_are_other_streams():
     other = evaluation("y", {"decoder": {"psnr": {"a": 1.0, "b": 1.0, "d": 1.0}}})
     with pytest.raises(ConfigError, match="y: clips is"):
-        compared(evaluation("x", {"decoder": {"psnr": A}}), other)
+        compared(evaluation("x", {"decoder": {"psnr": dict.fromkeys("abc", 1.0)}}), other)
     apart = evaluation("y", {"decoder": {"psnr": A}})
     apart.result["protocols"] = {"elsewhere/psnr": apart.result["protocols"]["s/psnr"]}
     with pytest.raises(ConfigError, match=r"(?s)no clips in common.*x: s\n.*y: elsewhere"):
@@ -126,13 +127,13 @@ def test_the_spaces_own_decoder_is_known_by_its_name():
 
 
 def test_scores_of_all_clips_together_have_no_interval():
-    of_all = [{"decoder": {"fvd_i3d_16f_n3": value}} for value in (90.0, 70.0)]
+    of_all = [{"decoder": {"fvd_i3d_16f_n6": value}} for value in (90.0, 70.0)]
     comparison = compared(
         *(evaluation(n, {"decoder": {"psnr": A}}, of_all=o) for n, o in zip("xy", of_all, strict=True))
     )
-    x, y = (comparison.row(name).scores["s/fvd_i3d_16f_n3"] for name in "xy")
-    assert (x.low, x.clips, x.best) == (None, 3, False) and y.best and y.delta == [-20.0, None, None]
-    assert not comparison.column("s", "fvd_i3d_16f_n3").per_clip
+    x, y = (comparison.row(name).scores["s/fvd_i3d_16f_n6"] for name in "xy")
+    assert (x.low, x.clips, x.best) == (None, 6, False) and y.best and y.delta == [-20.0, None, None]
+    assert not comparison.column("s", "fvd_i3d_16f_n6").per_clip
     assert "says nothing of chance" in " ".join(comparison.notes)
 
 
@@ -140,10 +141,11 @@ def test_a_method_of_fewer_clips_says_so():
     fewer = {"decoder": {"psnr": A}, "teacher": {"psnr": {"a": 21.0, "b": 26.0}}}
     comparison = compared(evaluation("x", fewer))
     assert comparison.row("teacher").scores["s/psnr"].delta == pytest.approx([1, 1, 1]), "on the clips that both have"
-    assert "teacher was scored on 2 of the 3 clips of s." in comparison.notes
+    assert "teacher was scored on 2 of the 6 clips of s." in comparison.notes
 
 
-def test_clips_without_a_score_are_left_out(tmp_path):
+def test_clips_that_have_no_score_by_their_nature_are_left_out(tmp_path):
+    """An image has no score of what lies between frames; the means say that nothing is wrong with it."""
     (tmp_path / "clips.csv").write_text(
         "stream,key,method,frames,psnr,jump,category\ns,a,decoder,1,20.5,nan,street\ns,b,decoder,9,21.5,0.5,\n"
     )
@@ -152,7 +154,7 @@ def test_clips_without_a_score_are_left_out(tmp_path):
 
 
 def test_worst_clips_are_those_with_the_worst_scores():
-    other = {"a": 26.0, "b": 24.0, "c": 29.0}
+    other = {"a": 26.0, "b": 24.0, "c": 29.0, "d": 30.0, "e": 30.0, "f": 30.0}
     comparison = compared(
         *(evaluation(n, {"decoder": {"psnr": s, "lpips_alex": s}}) for n, s in (("x", A), ("y", other)))
     )
@@ -220,4 +222,136 @@ def test_labels_of_close_points_do_not_cover_one_another():
     boxes = [text.get_window_extent(canvas.get_renderer()) for text in figure.axes[0].texts]
     assert [text.get_text() for text in figure.axes[0].texts] == names
     assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
-    assert figure.axes[0].get_xscale() == "log" and "3 clips of 9 frames" in figure.get_suptitle()
+    assert figure.axes[0].get_xscale() == "log" and "6 clips of 6 films, 9 frames each" in figure.get_suptitle()
+
+
+# --- what must not be put beside one another --------------------------------------------------------------------------
+
+
+def test_a_prediction_that_is_not_finite_has_no_mean_no_difference_and_no_mark():
+    broken = shifted(9.0, c=math.nan)  # far the best on what is left of it
+    three = [("x", A), ("y", broken), ("z", shifted(1.0))]
+    comparison = compared(*(evaluation(n, {"decoder": {"psnr": s, "ssim": A}}) for n, s in three))
+    y = comparison.row("y").scores["s/psnr"]
+    assert (y.mean, y.low, y.high, y.delta, y.best, y.clips) == (None, None, None, None, False, 6)
+    assert comparison.row("z").scores["s/psnr"].best and not comparison.row("x").scores["s/psnr"].best
+    assert comparison.row("y").scores["s/ssim"].mean == 25.0, "other scores are there"
+    text = compare_table.render(comparison, "txt")
+    assert "not finite" in text and "y gave pixels that are not finite" in text
+    assert "s/psnr" not in comparison.row("y").clips
+    first = compared(*(evaluation(n, {"decoder": {"psnr": s}}) for n, s in (("y", broken), ("x", A))))
+    score = first.row("x").scores["s/psnr"]
+    assert (score.delta, score.best) == (None, False), "nothing to be told from, nothing to be better than"
+    assert Comparison.from_dict(first.to_dict()) == first
+
+
+def test_runs_whose_scored_clips_do_not_meet_are_not_marked():
+    two = [evaluation(name, {"decoder": {"psnr": A, "jump": A}}) for name in "xy"]
+    for each, keys in zip(two, ("abc", "def"), strict=True):  # as images have no score between frames
+        scores = each.clips["s", "decoder"]
+        scores["jump"] = {key: scores["jump"][key] for key in keys}
+    comparison = compared(*two)
+    assert not any(comparison.row(name).scores["s/jump"].best for name in "xy")
+    assert comparison.row("y").scores["s/jump"].delta is None
+
+
+@pytest.mark.parametrize(("clips", "marked"), [(5, False), (6, True)])
+def test_nothing_is_best_of_few_clips(clips, marked):
+    few = dict(list(A.items())[:clips])
+    better = {key: value + 1 for key, value in few.items()}
+    of_all = [{"decoder": {f"fvd_i3d_16f_n{clips}": value}} for value in (90.0, 70.0)]
+    given = zip("xy", (few, better), of_all, strict=True)
+    comparison = compared(*(evaluation(n, {"decoder": {"psnr": s}}, of_all=o) for n, s, o in given))
+    assert {score.best for score in comparison.row("y").scores.values()} == {marked}
+
+
+def test_clips_of_one_film_are_told():
+    windows = {f"film.mp4#{start}@0": value for start, value in enumerate(A.values())}
+    comparison = compared(evaluation("x", {"decoder": {"psnr": windows}}))
+    assert comparison.stream("s").films == 1
+    text = compare_table.render(comparison, "txt")
+    assert "6 clips of 1 film (list" in text and text.count("6 clips of 1 film") == 2
+    assert "those of one film are not" in text
+    assert "6 clips of 6 films" in compare_table.render(compared(evaluation("x", {"decoder": {"psnr": A}})), "txt")
+
+
+def of_frames(name: str, frames: str, by: float) -> "compare_scores.Evaluation":
+    """An evaluation with scores of the group "seam", which has these frames."""
+    found = evaluation(name, {"decoder": {"psnr": shifted(by), "psnr_seam": shifted(by)}})
+    found.result["protocols"]["s/psnr_seam"]["definition"]["only_frames"] = {"group": "seam", "frames": frames}
+    return found
+
+
+def test_groups_of_other_frames_are_columns_of_their_own():
+    comparison = compared(of_frames("x", "5, 10", 0), of_frames("y", "4, 8", 2), of_frames("z", "5, 10", 1))
+    ids = ["s/psnr", "s/psnr_seam (frames 5, 10)", "s/psnr_seam (frames 4, 8)"]
+    assert [column.id for column in comparison.columns] == ids
+    assert [(c.name, c.metric) for c in comparison.columns[1:]] == [("psnr_seam", "psnr")] * 2
+    x, y, z = (comparison.row(name).scores for name in "xyz")
+    assert set(x) == set(z) == set(ids[:2]) and set(y) == {ids[0], ids[2]}
+    assert y[ids[2]].delta is None and not y[ids[2]].best, "nobody else has these frames"
+    assert z[ids[1]].delta[0] == pytest.approx(1) and z[ids[1]].best and not x[ids[1]].best
+    assert "psnr_seam (frames 4, 8) (dB) ↑" in compare_table.render(comparison, "md")
+    same = compared(of_frames("x", "5", 0), of_frames("y", "5", 1))
+    assert [column.id for column in same.columns] == ["s/psnr", "s/psnr_seam"] and same.columns[1].metric == "psnr"
+    other = of_frames("y", "5", 1)
+    other.result["protocols"]["s/psnr_seam"]["size"] = [64, 48]
+    with pytest.raises(ConfigError, match="size"):
+        compared(of_frames("x", "5", 0), other)
+
+
+def test_what_the_truth_has_a_value_of_is_told_from_the_truth():
+    of_truth = {key: 1.0 + 0.01 * i for i, key in enumerate(A)}
+    low, high = ({key: value + by for key, value in of_truth.items()} for by in (-0.5, 0.25))
+
+    def methods(flicker):
+        return {"decoder": {"psnr": A, "flicker": flicker}, TRUTH: {"flicker": of_truth}}
+
+    comparison = compared(evaluation("x", methods(low)), evaluation("y", methods(high)), references=(*FLOORS, TRUTH))
+    column = comparison.column("s", "flicker")
+    assert (column.against, column.of_truth, comparison.column("s", "psnr").against) == (TRUTH, True, "x")
+    deltas = {name: comparison.row(name).scores["s/flicker"].delta[0] for name in "xy"}
+    assert deltas == pytest.approx({"x": -0.5, "y": 0.25}), "each from the truth, the baseline too"
+    assert not any(row.scores["s/flicker"].best for row in comparison.rows)
+    text = compare_table.render(comparison, "txt")
+    assert "flicker minus truth" in text and "flicker ↓" not in text and "flicker ↑" not in text
+    assert "psnr (dB) ↑" in text and "nearer the truth's" in compare_plots._axis(column)
+    found = compare_table.worst_clips(comparison, "s/flicker", "x", 1)[0]
+    assert found["delta"] == pytest.approx(-0.5)
+    untold = compared(*(evaluation(n, {"decoder": {"psnr": A, "flicker": s}}) for n, s in (("x", low), ("y", high))))
+    assert untold.row("y").scores["s/flicker"].delta is None and untold.column("s", "flicker").against == ""
+
+
+def test_two_teachers_of_two_runs_each_are_two_rows():
+    by_run = zip("wxyz", (0, 0, 5, 5), strict=True)
+    comparison = compared(
+        *(evaluation(n, {"decoder": {"psnr": shifted(-1)}, "teacher": {"psnr": shifted(by)}}) for n, by in by_run)
+    )
+    assert [row.id for row in comparison.rows[4:]] == ["w, x: teacher", "y, z: teacher"]
+    assert comparison.row("y, z: teacher").scores["s/psnr"].mean == pytest.approx(30)
+
+
+def test_each_row_gets_its_own_timing_even_where_labels_are_equal(monkeypatch):
+    class Fixed:
+        """A decoder that takes as long as its place says."""
+
+        made = 0
+
+        def __init__(self, job, make):
+            Fixed.made += 1
+            self.job, self.seconds, self.failed = job, float(Fixed.made), ""
+            self.about = {"weights_bytes": None}
+
+        def wait_until_built(self): ...
+
+        def close(self): ...
+
+        def ask(self, request, **arguments):
+            return {"seconds": self.seconds, "beyond_bytes": None, "others_s": 0.0}
+
+    monkeypatch.setattr(compare_speed, "Decoder", Fixed)
+    comparison = compared(*(evaluation(name, {"decoder": {"psnr": A}}) for name in "xy"))
+    x, y = comparison.rows
+    y.id = x.id
+    compare_speed.measure([x, y], comparison.streams[0], False, rounds=2)
+    assert (x.speed.seconds, y.speed.seconds) == ([1.0, 1.0], [2.0, 2.0])

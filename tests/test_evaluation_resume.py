@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from evaluated import untrained
 from torch import Tensor
+from video_files import make_film
 
 from decoders import scoring
 from decoders.flashdecoder import FlashDecoder
@@ -27,7 +29,6 @@ from metrics.base import SetMetric
 
 NAME = "flashdecoder_debug"
 CLIPS = 5
-CODE = resumed._code
 QUICK = (
     f"data.sources.unseen.num_videos={CLIPS}", "data.val.unseen.num_frames=5", "data.val.unseen.batch_size=1",
     "data.val.more={sources: [unseen], size: [16, 16], num_frames: 5, num_clips: 2, batch_size: 2}",
@@ -51,7 +52,6 @@ class Mean(SetMetric):
 def with_a_set_metric(monkeypatch) -> None:
     build = scoring.metrics.build
     monkeypatch.setattr(scoring.metrics, "build", lambda names, weights=None: [*build(names, weights=weights), Mean()])
-    monkeypatch.setattr("experiments.resumed._code", lambda: "this")  # whoever edits a file meanwhile disturbs no test
 
 
 def undated(result: dict) -> dict:
@@ -153,15 +153,25 @@ def test_other_weights_begin_anew(runs_root, monkeypatch) -> None:
     assert len(again) == CLIPS + 2 and not list(folder.glob("part-*"))
 
 
-def same(*overrides: str, sha256: str = "a", precision: str = "32-true", changed: int | None = None) -> str:
+def same(
+    *overrides: str,
+    sha256: str = "a",
+    precision: str = "32-true",
+    changed: int | None = None,
+    space: str = "dct-1",
+    backbone: str = "alexnet:1",
+) -> str:
     """The identity of an evaluation, one of whose clips may be another."""
     experiment = load(NAME, (*QUICK, *overrides))
     experiment.data.train = {}
+    decoder = SimpleNamespace(
+        latent_space=SimpleNamespace(fingerprint=space), metric_protocols={"lpips": {"backbone": backbone}}
+    )
     data = build_data(experiment, None)
     if changed is not None:
         data.streams("val")["unseen"]._first[changed] += 2  # its window moves by one frame
     trainer = SimpleNamespace(precision=precision, strategy=SimpleNamespace(root_device=torch.device("cpu")))
-    return resumed.identity(experiment, data, {"kind": "last", "sha256": sha256}, trainer)
+    return resumed.identity(experiment, decoder, data, {"kind": "last", "sha256": sha256}, trainer)
 
 
 def test_what_decides_the_numbers(monkeypatch) -> None:
@@ -172,28 +182,75 @@ def test_what_decides_the_numbers(monkeypatch) -> None:
     others = [
         same("seed=7"), same("pad=replicate"), same("validation.metrics=[psnr]"), same("validation.weights.lpips=/other"),
         same("validation.references=false"), same("data.val.more=null"), same("data.verify=packets"), same("decoder.depth=1"),
-        same(sha256="b"), same(precision="bf16-mixed"), same(changed=0),
+        same(sha256="b"), same(precision="bf16-mixed"), same(changed=0), same(space="dct-2"), same(backbone="alexnet:2"),
     ]  # fmt: skip
     for module, attribute in ((torch, "__version__"), (lightning, "__version__")):
         with monkeypatch.context() as patch:
             patch.setattr(module, attribute, "9.9")
             others.append(same())
     with monkeypatch.context() as patch:
-        patch.setattr(resumed, "_code", lambda: "changed")
+        patch.setattr(resumed, "code", lambda: "changed")
         others.append(same())
+    for package in ("opencv-python-headless", "diffusers", "torchvision", "decord2", "av", "pillow"):
+        with monkeypatch.context() as patch:
+            patch.setattr(resumed, "version", lambda name, other=package: "9.9" if name == other else version(name))
+            others.append(same())
     assert len({one, *others}) == 1 + len(others)
 
 
-def test_the_code_is_all_that_scores(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(resumed, "_code", CODE)
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "experiments").mkdir()
-    monkeypatch.setattr(resumed, "__file__", str(tmp_path / "experiments" / "resumed.py"))
-    before = resumed._code()
-    (tmp_path / "metrics" / "new.py").write_text("x = 1")
-    after = resumed._code()
+def test_files_of_networks_and_films_are_known_by_size_and_time(tmp_path) -> None:
+    """Another teacher under its name, other images in a mask's folder: no byte of them is read."""
+    (tmp_path / "teacher").mkdir()
+    network, noted, film = (tmp_path / name for name in ("teacher/net.safetensors", "teacher/README", "film.mp4"))
+    for file in (network, noted, film):
+        file.write_bytes(b"before")
+    named = {"teacher": f"{tmp_path}/teacher", "start": {"rank": 4, "cache": f"{tmp_path}/film.mp4"}, "target": "video"}
+
+    def stamps() -> list:
+        return resumed._stamps(resumed._strings(named), resumed.WEIGHTS)
+
+    before, films = stamps(), resumed._stamps([str(film), "drawn/0", ""])
+    assert [Path(name) for name, *_ in before] == [network] and [Path(name) for name, *_ in films] == [film]
+    noted.write_bytes(b"other words")
+    assert stamps() == before
+    network.write_bytes(b"after!")  # as long
+    os.utime(network, ns=(1, 1))
+    os.utime(film, ns=(1, 1))
+    assert stamps() != before and resumed._stamps([str(film)]) != films
+
+
+def test_another_film_under_its_name_begins_anew(tmp_path) -> None:
+    film = make_film(tmp_path / "film.mp4", num_frames=8, size=(32, 32))
+    named = ("data.sources.film.path=" + str(film), "data.val.more.sources=[film]")
+    before = same(*named)
+    assert before == same(*named)
+    os.utime(film, ns=(1, 1))
+    assert before != same(*named)
+
+
+def test_the_code_is_all_that_scores(tmp_path) -> None:
+    for room in ("metrics", "experiments"):
+        (tmp_path / room).mkdir()
+    before = [resumed.hash_of_sources(tmp_path)]
+    for name in ("metrics/new.py", "experiments/evaluate.py", "experiments/summary.py"):
+        (tmp_path / name).write_text("x = 1")
+        before.append(resumed.hash_of_sources(tmp_path))
+    assert len(set(before)) == 4
     (tmp_path / "experiments" / "report.py").write_text("x = 1")
-    assert before != after == resumed._code()
+    assert before[-1] == resumed.hash_of_sources(tmp_path)
+
+
+def test_a_result_names_the_code_that_made_it(runs_root, monkeypatch) -> None:
+    """Of the sources as they were imported, whatever happens to the files while it runs; and how many films there were."""
+    untrained(NAME)
+    quick = (*QUICK, "validation.references=false", "data.sources.unseen.clips_per_video=2")
+    monkeypatch.setattr(resumed, "ROOT", runs_root)
+    result = evaluate.evaluate(NAME, quick)
+    written = json.loads((evaluate.evaluation_dir(NAME, quick) / "result.json").read_text())
+    assert written["code"] == result["code"] == resumed.hash_of_sources(Path(resumed.__file__).parent.parent)
+    assert {m["stream"]: (m["clips"], m["films"]) for m in written["means"]} == {"unseen": (10, 5), "more": (2, 2)}
+    table = (evaluate.evaluation_dir(NAME, quick) / "table.md").read_text()
+    assert "unseen (10 of 32x48, from 5 films)" in table and "more (2 of 16x16)" in table
 
 
 def test_the_bar_tells_clips_done(runs_root, capsys) -> None:

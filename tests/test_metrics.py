@@ -78,6 +78,57 @@ def test_prediction_is_clamped_and_nan_stays_visible():
     assert decibels(torch.tensor(math.nan)).isnan()
 
 
+def film(mean: float, spread: float, t: int = 2, h: int = 24, w: int = 32) -> torch.Tensor:
+    """A smooth clip of this mean and standard deviation, cut to [-1, 1]."""
+    clip = torch.nn.functional.interpolate(torch.rand(1, 3, t, 5, 7), (t, h, w), mode="trilinear")
+    return ((clip - clip.mean()) / clip.std() * spread + mean).clamp(-1, 1)
+
+
+def between(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
+
+
+@pytest.mark.parametrize("side", ["prediction", "target"])
+def test_a_mixed_range_is_refused(side):
+    """[0, 1] on one side and [-1, 1] on the other: any film that is not nearly white, any decoder of 28 dB and more."""
+    for _ in range(100):
+        truth = film(between(-0.7, 0.4), between(0.15, 0.6))
+        given = (truth + 2 * 10 ** (-between(28, 45) / 20) * torch.randn_like(truth)).clamp(-1, 1)
+        pair = [(given + 1) / 2, truth] if side == "prediction" else [given, (truth + 1) / 2]
+        with pytest.raises(ValueError, match=f"the {side} of clip 0 looks like RGB in .0, 1."):
+            Psnr()(*pair)
+    clips = [torch.cat([truth, x]) for x in ((truth + 1) / 2, truth)]
+    with pytest.raises(ValueError, match="the prediction of clip 1"):
+        Psnr()(*clips)  # one clip of a batch
+    mask = torch.ones(2, 1, *truth.shape[2:])
+    mask[1, ..., :16] = 0
+    clips[0][1, ..., :16] = math.nan  # what does not count may be anything
+    with pytest.raises(ValueError, match="the prediction of clip 1"):
+        Psnr()(*clips, mask)
+
+
+def test_a_bad_decoder_is_no_mixed_range():
+    """Whatever it does wrong, dark films and nearly white ones among them: a colour, no contrast, nothing below 0, noise."""
+    for _ in range(300):
+        truth, noise = film(between(-1, 1), between(0, 0.7)), between(0, 0.3)
+        rough, mean = noise * torch.randn_like(truth), truth.mean()
+        flat = mean + between(0, 1.2) * (truth - mean)  # of less contrast, or more
+        for bad in (
+            torch.full_like(truth, between(0, 1)), flat + between(-0.1, 0.1) + rough, (flat + rough).clamp(0, 1),
+            film(between(0, 1), between(0, 0.5)).clamp(0, 1), (truth + rough).clamp(0, 1),
+        ):  # fmt: skip
+            assert Psnr()(bad, truth).isfinite().all() and Psnr()(truth, bad.clamp(-1, 1)).isfinite().all()
+
+
+def test_half_the_contrast_about_white_is_told_by_the_shift():
+    """Thin writing on white, half faded: 2 v - 1 is nearer to it, and still it is what a blurred decoder makes."""
+    page = torch.ones(1, 3, 1, 40, 40)
+    page[..., ::10, ::10] = -1
+    faded = page.mean() + (page - page.mean()) / 2
+    assert faded.min() > -0.05 and (2 * faded - 1 - page).square().mean() * 20 < (faded - page).square().mean()
+    assert Psnr()(faded, page).isfinite().all()
+
+
 def numpy_ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Wang et al. 2004, equation 13, for one channel in [-1, 1], window by window in float64; the whole map."""
     x = np.arange(11) - 5

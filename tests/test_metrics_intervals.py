@@ -1,4 +1,4 @@
-"""Bootstrap intervals: known answers, coverage, and what is refused."""
+"""Intervals of means: known answers, coverage, and what is refused."""
 
 import math
 
@@ -11,8 +11,12 @@ from metrics.intervals import bootstrap, paired
 def test_known_answers():
     same = bootstrap([2.0, 2.0, 2.0])
     assert same == (2.0, 2.0, 2.0)
-    two = bootstrap([0.0, 1.0])  # replicates are 0, 1/2 and 1 with 1/4, 1/2, 1/4
-    assert two == (0.5, 0.0, 1.0)
+    five = bootstrap([1.0, 2.0, 3.0, 4.0, 5.0])  # deviation sqrt(2.5), t(4) = 2.776
+    assert five == pytest.approx((3.0, 3 - 2.776 * 2.5**0.5 / 5**0.5, 3 + 2.776 * 2.5**0.5 / 5**0.5), abs=1e-3)
+    halves = bootstrap(
+        [0.0, 1.0] * 10
+    )  # replicates are binomial: 95 % of them lie within 0.3 to 0.7 or a step beside it
+    assert halves.mean == 0.5 and 0.25 <= halves.low <= 0.3 and 0.7 <= halves.high <= 0.75
     one = bootstrap([3.0])
     assert one.mean == 3.0 and math.isnan(one.low) and math.isnan(one.high)
     with pytest.raises(ValueError, match="no clip"):
@@ -36,6 +40,16 @@ def test_covers_the_true_mean_about_as_often_as_it_says():
         low, high = bootstrap((torch.rand(40, generator=generator) * 2).tolist())[1:]
         hits += low <= 1.0 <= high
     assert 52 <= hits <= 60
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 9, 19, 20])
+def test_few_clips_are_no_surer_than_they_are(number: int):
+    """Of normal values the interval misses the true mean in about 5 % of cases, however few there are."""
+    generator = torch.Generator().manual_seed(number)
+    cases = 400
+    found = [bootstrap(torch.randn(number, generator=generator).tolist()) for _ in range(cases)]
+    missed = sum(not low <= 0 <= high for _, low, high in found) / cases
+    assert 0.015 < missed < 0.095
 
 
 def test_many_clips_are_drawn_in_parts_and_give_the_same(monkeypatch):

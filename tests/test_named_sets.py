@@ -3,12 +3,16 @@
 import json
 import re
 
+import av
+import numpy as np
 import pytest
 from evaluated import untrained
 from video_files import make_film
 
 from datamodules import named
 from datamodules.config import SourceConfig, StreamConfig
+from datamodules.procedural import draw_frames
+from datamodules.reader import ClipReader, ClipRequest
 from datamodules.transforms import TooSmall, plan_geometry
 from experiments import evaluate
 from experiments.compose import ConfigError
@@ -40,6 +44,25 @@ def test_the_papers_protocols() -> None:
         "ultravideo_1080p": "25 x 1080x1920", "ultravideo_480p": "25 x 480x832", "ultravideo_720p": "25 x 720x1280",
         "webvid": "17 x 480x832", "webvid_216": "16 x 216x216",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in named.names() if "film without loss" in named.read(name).layout])
+def test_a_film_without_loss_is_without_loss(name, tmp_path) -> None:
+    """As its layout says to write it, read by what reads clips: every value of the images."""
+    said = re.search(r"-c:v (\S+)\s+-qp 0\s+-pix_fmt (\S+)", named.read(name).layout)
+    images = draw_frames(0, 0, list(range(6)), (48, 64))
+    images = (
+        (images.astype(int) + np.random.default_rng(0).integers(-9, 10, images.shape)).clip(0, 255).astype(np.uint8)
+    )
+    with av.open(str(tmp_path / "film.mp4"), "w") as container:
+        stream = container.add_stream(said[1], rate=24, options={"qp": "0"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, said[2]
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    request = ClipRequest(str(tmp_path / "film.mp4"), "film", "video", 0, 6, 6, (48, 64), resize="none")
+    video, _ = ClipReader().read_one(request)
+    assert np.array_equal(((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy(), images)
 
 
 def test_every_experiment_has_every_set(debug_name) -> None:

@@ -1,5 +1,7 @@
 """The two sides of a protocol: what was measured is one for a column, how the pixels were made is shown in the row."""
 
+import json
+
 import pytest
 
 from metrics.protocol import Protocol, clip_list_hash, require_same
@@ -36,6 +38,19 @@ def test_what_was_measured_is_one_for_a_column(name):
     assert list(ours.differences(theirs)) == [field] and ours.measured_hash() != theirs.measured_hash()
     with pytest.raises(ValueError, match=f"theirs: {field} is"):
         require_same({"ours": ours, "theirs": theirs})
+
+
+@pytest.mark.parametrize(
+    ("frames", "stride", "number"), [((0, 9), 1, 9), ((1, 9), 2, 4), ((1, 8), 2, 4), ((2, 9), None, 7)]
+)
+def test_another_frame_rate_has_no_stride(frames, stride, number):
+    """And results that have one are another column than those without; older ones can still be read."""
+    protocol = Protocol(**SETTINGS | {"frames": frames, "frame_stride": stride})
+    assert Protocol.from_dict(json.loads(json.dumps(protocol.to_dict()))) == protocol
+    assert protocol.num_frames == number
+    assert ("frame_stride" in Protocol(**SETTINGS).differences(protocol)) == (stride != 1)
+    with pytest.raises(ValueError, match="must be positive"):
+        Protocol(**SETTINGS | {"frame_stride": 0})
 
 
 def test_the_sides_together_are_the_protocol():

@@ -9,13 +9,25 @@ import torch
 from torch import Tensor
 
 from decoders import scoring
-from decoders.scoring import BROKEN, DECODE, DECODER, FEATURES, PER_FRAME, TRUTH, Clips, Scorer, selected
+from decoders.scoring import (
+    BROKEN,
+    DECODE,
+    DECODER,
+    FEATURES,
+    PER_FRAME,
+    SCORED,
+    TRUTH,
+    Clips,
+    Scorer,
+    named_groups,
+    selected,
+)
 from decoders.training import ValidationConfig
 from experiments import evaluate
 from experiments.checkpoints import save_weights
 from experiments.config import load
 from experiments.runs import run_dir
-from experiments.summary import by_frame, shares
+from experiments.summary import by_frame, only_frames, scored_frames, shares
 from experiments.train import build
 from metrics.base import SetMetric
 
@@ -93,10 +105,30 @@ def test_only_scored_frames_and_groups_count() -> None:
     made = scorer("psnr_video")
     made.score("plain", wrong, batch)
     row = made.rows[0]
+    assert row[SCORED] == [1, 2, 3, 4]
     assert (row["frames"], row["stream"], row["method"]) == (4, 3, "plain") and len(row[PER_FRAME]["psnr"]) == 4
     assert row["psnr_some"] == 100 and row[PER_FRAME]["in_some"] == [1, 1, 0, 0] and row["psnr"] < 100
     mse = (2 * video[0, :, 3]).square().mean() / 4  # of four frames one is wrong
     assert row["psnr_video"] == pytest.approx((10 * torch.log10(4 / mse)).item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scored", "resampled", "expected"),
+    [
+        (None, False, ((0, 6), 1, "")),
+        (None, True, ((0, 6), None, "")),
+        ([2, 3, 4], False, ((2, 5), 1, "")),
+        ([2, 3, 4], True, ((2, 5), None, "")),
+        ([1, 3, 5], False, ((1, 6), 2, "")),
+        ([1, 3, 5], True, ((1, 6), None, "1, 3, 5")),
+        ([0, 1, 4], False, ((0, 5), None, "0-1, 4")),
+        ([4], False, ((4, 5), 1, "")),
+    ],
+)
+def test_a_protocol_says_which_frames_are_scored(scored, resampled, expected) -> None:
+    """Frames of a film that another two frames stand beside are other frames, as is every second one."""
+    row = {"frames": 6} if scored is None else {"frames": len(scored), SCORED: scored}
+    assert scored_frames(row, resampled) == expected
 
 
 def test_sets_are_scored_once_for_all_clips(monkeypatch) -> None:
@@ -199,3 +231,26 @@ def test_the_truth_is_scored_where_it_has_a_value_of_its_own() -> None:
     scorer = Scorer(ValidationConfig(metrics=["psnr"]))
     scorer.score(TRUTH, video, clips)
     assert not scorer.rows
+
+
+def test_groups_by_name_are_frames_of_every_clip() -> None:
+    batch = {"key": ["a", "b"], "video": torch.zeros(2, 3, 4, 2, 2)}
+    found = named_groups(batch, {"others": [1, 17], "late": [2, 4], "all": [0, 9], "none": [8, 9]})
+    assert {name: group.tolist() for name, group in found.items()} == {
+        "others": [[False, True, True, True]] * 2,
+        "late": [[False, False, True, True]] * 2,
+    }, "what is all of a clip, or none of it, is no group"
+    with pytest.raises(ValueError, match=r"validation.groups.odd=\[3, 3\]"):
+        ValidationConfig(groups={"odd": [3, 3]})
+
+
+def test_groups_of_one_name_and_other_frames_are_told_apart() -> None:
+    def rows(**members: list[int]) -> list[dict]:
+        return [{"key": key, PER_FRAME: {"in_seam": inside}} for key, inside in members.items()]
+
+    one = only_frames("seam", rows(a=[0, 0, 1, 0], b=[0, 0, 1, 0]))
+    assert one == {"only_frames": {"group": "seam", "frames": "2"}}
+    assert only_frames("seam", rows(a=[1, 0, 1, 1], b=[1, 0, 1, 1]))["only_frames"]["frames"] == "0, 2-3"
+    mixed, swapped = only_frames("seam", rows(a=[0, 1], b=[1, 0])), only_frames("seam", rows(a=[1, 0], b=[0, 1]))
+    assert mixed["only_frames"]["frames"] == swapped["only_frames"]["frames"] == "differ by clip"
+    assert mixed != swapped

@@ -18,7 +18,7 @@ from experiments import checkpoints, evaluate
 from experiments.checkpoints import LAST, DiskFull
 from experiments.compose import ConfigError
 from experiments.config import build_space, load
-from experiments.train import train
+from experiments.train import train, train_missing
 
 QUICK = ("trainer.progress_bar=false", "validation.num_shown=0")
 
@@ -327,3 +327,13 @@ def test_a_schedule_moves_a_weight(runs_root: Path) -> None:
         callbacks=[Watch()],
     )
     assert seen == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_missing_runs_are_all_looked_at_before_one_is_trained(runs_root: Path) -> None:
+    """A run that is complete under another configuration is no substitute, and is told before hours go by."""
+    done = run("flashdecoder_debug")
+    config = done / "config.yaml"
+    config.write_text(config.read_text().replace("max_steps: 16", "max_steps: 15"))
+    with pytest.raises(ConfigError, match="trainer.max_steps: 15 -> 16"):
+        train_missing(["baseline_debug", "flashdecoder_debug"], QUICK)
+    assert not (runs_root / "baseline_debug").exists()

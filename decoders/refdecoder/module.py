@@ -325,6 +325,10 @@ class RefDecoder(VideoDecoder):
         frames = [cut_to(clip[:, :, torch.linspace(0, clip.shape[2] - 1, r).long()], size) for clip in clips]
         return torch.cat(frames)
 
+    def decoding(self, stream: str) -> dict[str, Any]:
+        """Which true frames the decoder was given; where a batch brings its own reference (style, editing), that one."""
+        return {"reference": self.objective.evaluate, "references": self.objective.evaluate_references}
+
     def frame_groups(self, batch: VideoBatch) -> dict[str, Bool[Tensor, "b t"]]:
         """Frames that are references themselves, and the others: retrieving a frame is not yet using it elsewhere."""
         t, frames = batch["video"].shape[2], batch.get(FRAMES)

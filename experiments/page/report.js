@@ -68,7 +68,7 @@ async function pair() {
   view.show(a, b, [label(left), label(right)], REPORT.fps);
   at("scores").textContent = REPORT.columns.filter((column) => column.stream === now.stream && column.per_clip && REPORT.named.includes(column.name)).map((column) => {
     const [x, y] = [left, right].map((id) => REPORT.rows.find((row) => row.id === id)?.clips[column.id]?.[now.key]);
-    return `${column.name} ${number(x, column.digits) || "–"} | ${number(y, column.digits) || "–"}`;
+    return `${column.label} ${number(x, column.digits) || "–"} | ${number(y, column.digits) || "–"}`;
   }).join(", ");
   document.body.dataset.ready = `${now.index}/${left}/${right}`;
 }
@@ -96,7 +96,7 @@ function buildTables() {
   at("notes").append(make("p", { class: "faint" }, `Below a mean: its 95 % bootstrap interval over clips, and its difference Δ from the baseline, ${REPORT.baseline}, on the same clips. Where nothing was measured nothing stands.`));
   at("notes").append(...REPORT.notes.filter((note) => !note.startsWith("Brackets:")).map((note) => make("p", { class: "faint" }, note)));
   const columns = REPORT.columns.filter((column) => column.per_clip);
-  const picked = make("select", { "aria-label": "clips and metric", onchange: () => list() }, ...columns.map((column) => make("option", { value: column.id }, `${column.stream}: ${column.name}`)));
+  const picked = make("select", { "aria-label": "clips and metric", onchange: () => list() }, ...columns.map((column) => make("option", { value: column.id }, `${column.stream}: ${column.label}`)));
   const list = () => {
     const column = columns.find((one) => one.id === picked.value);
     if (column) at("perclip").replaceChildren(clipTable(REPORT, column, every.checked, (clip) => choose(clip, true)));
@@ -111,7 +111,7 @@ function buildRest() {
   const papers = REPORT.papers.map((paper) => [paper.paper, paper.where, paper.what || "", paper.setting || "", Object.entries(paper.values).map(([name, value]) => `${name} ${value}`).join(", ")]);
   at("theirs").append(make("p", { class: "faint" }, "Measured by the papers' authors, on their data and machines: never in a column with ours."),
     papers.length ? plain(["paper", "where", "what", "setting", "their figures"], papers) : make("p", {}, "none for these runs"));
-  const protocols = REPORT.columns.map((column) => make("details", {}, make("summary", {}, `${column.stream}: ${column.name}`), plain(["of the protocol", "is"], Object.entries(column.protocol).map(([key, value]) => [key, typeof value === "string" ? value : JSON.stringify(value)]))));
+  const protocols = REPORT.columns.map((column) => make("details", {}, make("summary", {}, `${column.stream}: ${column.label}`), plain(["of the protocol", "is"], Object.entries(column.protocol).map(([key, value]) => [key, typeof value === "string" ? value : JSON.stringify(value)]))));
   const made = REPORT.rows.filter((row) => row.kind !== "floor").map((row) => [row.label, Object.entries(row.made).map(([key, value]) => `${key}: ${typeof value === "string" ? value : JSON.stringify(value)}`).join("; ")]);
   at("protocols").append(make("p", { class: "faint" }, "What decides each column's numbers; equal for all rows of the column."), ...protocols, make("h3", {}, "How the pixels were made"), plain(["decoder", "with"], made));
   at("ran").append(plain(["run", "what it is", "weights", "trained", "parameters", "evaluated"], REPORT.runs.map((run) => [

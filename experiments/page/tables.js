@@ -38,6 +38,7 @@ function plain(head, rows) {
 /* A score with its interval and what it differs from the baseline by. */
 function scored(score, digits) {
   if (!score) return "";
+  if (score.mean === null) return "not finite";
   const parts = [make("span", { class: score.best ? "best" : null }, number(score.mean, digits))];
   if (score.low !== null) parts.push(make("small", {}, `${number(score.low, digits)} to ${number(score.high, digits)}`));
   if (score.delta) {
@@ -56,8 +57,8 @@ function resultTable(report, stream, every) {
   const list = [{ head: "decoder", text: true, cell: (row) => parted(row.label), order: (row) => row.label, first: "up" }];
   for (const column of columns) {
     list.push({
-      head: `${column.name}${column.unit ? ` (${column.unit})` : ""} ${column.higher_is_better ? "↑" : "↓"}`,
-      title: column.higher_is_better ? "higher is better" : "lower is better", first: column.higher_is_better ? "down" : "up",
+      head: `${column.label}${column.unit ? ` (${column.unit})` : ""}${column.of_truth ? "" : column.higher_is_better ? " ↑" : " ↓"}`,
+      title: column.of_truth ? "nearer the truth's is better; differences are from the truth" : column.higher_is_better ? "higher is better" : "lower is better", first: column.higher_is_better ? "down" : "up",
       cell: (row) => scored(row.scores[column.id], column.digits), order: (row) => (row.scores[column.id] ? row.scores[column.id].mean : null),
     });
   }
@@ -102,5 +103,5 @@ function clipTable(report, column, every, go) {
       cell: (clip) => number(row.clips[column.id][clip.key], column.digits), order: (clip) => row.clips[column.id][clip.key] ?? null,
     })),
   ];
-  return sortable(keys.map((key) => ({ key })), list, { caption: `${column.name} of every clip of ${column.stream}`, classes: (row) => (shown.has(row.key) ? "chosen" : ""), tall: true });
+  return sortable(keys.map((key) => ({ key })), list, { caption: `${column.label} of every clip of ${column.stream}`, classes: (row) => (shown.has(row.key) ? "chosen" : ""), tall: true });
 }

@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; markers diff
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from experiments.comparison import RUN, Column, Comparison, Row, clips_of_films
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vP*X"
 WIDTH = 6.5  # inches: a page's text
+LINE = 90  # characters that are about as wide
 AGAINST_SPEED = ("psnr", "lpips_alex", "lpips_vgg")
 CURVES = ("val/psnr", "val/ssim", "val/lpips_alex")
 SCATTERED = ("psnr", "lpips_alex")
@@ -166,7 +168,7 @@ def _curves(comparison: Comparison) -> dict[str, Figure]:
         by_step.set_xlabel("optimiser steps")
         by_hour.set_xlabel(f"{'minutes' if short else 'hours'} of all devices")
         by_step.set_ylabel(tag)
-        by_step.legend()
+        _legend(figure, by_step)
         found[f"curve_{_named(tag.removeprefix('val/'))}"] = figure
     return found
 
@@ -199,20 +201,28 @@ def _scatters(comparison: Comparison) -> dict[str, Figure]:
 
 def _frames(comparison: Comparison) -> dict[str, Figure]:
     """PSNR by frame index, mean over clips: seams and drift show here."""
-    frames = {row.run: by_frame(Path(comparison.run(row.run).folder)) for row in comparison.own_rows()}
+    frames = [(row.run, by_frame(Path(comparison.run(row.run).folder))) for row in comparison.own_rows()]
     found = {}
     for column in comparison.columns:
-        shown = {run: f[column.stream, DECODER] for run, f in frames.items() if (column.stream, DECODER) in f}
-        shown = {run: scores for run, scores in shown.items() if any(map(math.isfinite, scores.get(column.name, ())))}
-        if column.name != "psnr" or comparison.stream(column.stream).frames < 2 or not shown:
+        scores = [(run, scored.get((column.stream, DECODER), {}).get(column.name, [])) for run, scored in frames]
+        left_out = [run for run, values in scores if not any(map(math.isfinite, values))]
+        if column.name != "psnr" or comparison.stream(column.stream).frames < 2 or len(left_out) == len(scores):
             continue
-        figure, axes = _figure(f"{_on(comparison, column)}; mean over clips of every frame", 3.2)
-        for index, (run, metrics) in enumerate(shown.items()):
-            few = len(metrics["psnr"]) <= 64
-            look = _look(index) if few else {"color": _look(index)["color"]}
-            axes.plot(metrics["psnr"], label=run, markersize=3, linewidth=1.2, **look)
+        without = "\n" + textwrap.fill(f"no such means: {', '.join(left_out)}", LINE) if left_out else ""
+        figure, axes = _figure(f"{_on(comparison, column)}; mean over clips of every frame{without}", 3.2)
+        for index, (run, values) in enumerate(scores):
+            if run not in left_out:
+                look = _look(index) if len(values) <= 64 else {"color": _look(index)["color"]}
+                axes.plot(values, label=run, markersize=3, linewidth=1.2, **look)
         axes.set_xlabel("frame")
         axes.set_ylabel(_axis(column))
-        axes.legend()
+        _legend(figure, axes)
         found[f"frames_{_named(column.stream)}_psnr"] = figure
     return found
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below everything, where it covers no curve."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(3, len(labels), LINE // (max(map(len, labels)) + 12)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)

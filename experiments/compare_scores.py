@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ SOME, ALL, NONE = "some", "all", "none"
 FEWEST = 6  # clips below which nothing is called best: a lucky one decides
 SAME = 1e-3  # by how large a share scores of one method on one clip may differ and count as measured twice
 
+OF_SETS = re.compile("fvd_")  # scores of all clips together
 ONLY_FRAMES = "only_frames"  # in a protocol's definition: the group of frames that was scored
 
 Clips = dict[tuple[str, str], dict[str, dict[str, float]]]  # (stream, method) -> score's name -> clip -> score
@@ -41,8 +43,10 @@ class Evaluation:
 
     @property
     def protocols(self) -> dict[str, Protocol]:
-        """``<stream>/<score's name>`` -> protocol, of the decoder's rows."""
-        return {column: Protocol.from_dict(values) for column, values in self.result["protocols"].items()}
+        """``<stream>/<score's name>`` -> protocol, of the decoder's rows; what no method has a score of is left out, such as what
+        lies between two frames of a group that has one."""
+        scored = {f"{mean['stream']}/{name}" for mean in self.result["means"] for name in mean["scores"]}
+        return {c: Protocol.from_dict(values) for c, values in self.result["protocols"].items() if c in scored}
 
     @property
     def streams(self) -> set[str]:
@@ -122,7 +126,7 @@ def columns(evaluations: Sequence[Evaluation]) -> tuple[list[Stream], list[Colum
     clips = {stream: _keys(evaluations, stream) for stream in named}
     streams = [_stream(name, next(p for c, p in _of(found, name)), clips[name]) for name in named]
     runs = {id: [*protocols] for id, protocols in found.items()}
-    return streams, [_column(id, p, runs[id], evaluations) for stream in named for id, p in _of(found, stream)]
+    return streams, [_column(id, p, runs[id]) for stream in named for id, p in _of(found, stream)]
 
 
 def _by_frames(column: str, protocols: dict[str, Protocol]) -> dict[str, dict[str, Protocol]]:
@@ -158,13 +162,12 @@ def _stream(name: str, protocol: Protocol, keys: list[str]) -> Stream:
     )
 
 
-def _column(id: str, protocol: Protocol, runs: list[str], evaluations: Sequence[Evaluation]) -> Column:
+def _column(id: str, protocol: Protocol, runs: list[str]) -> Column:
     """``id`` is ``<stream>/<name>`` and, where several columns share that, the frames."""
     stream, _, label = id.partition("/")
     name = label.removesuffix(_frames(protocol))
     group = protocol.definition.get(ONLY_FRAMES) or ""
     metric = name.removesuffix(f"_{group['group'] if isinstance(group, dict) else group}")
-    per_clip = any(name in scores for e in evaluations for (s, _), scores in e.clips.items() if s == stream)
     unit = UNITS.get(metric.partition("_")[0], "")
     return Column(
         id=id,
@@ -173,8 +176,8 @@ def _column(id: str, protocol: Protocol, runs: list[str], evaluations: Sequence[
         metric=metric,
         higher_is_better=higher_is_better(name),
         unit=unit,
-        digits=2 if unit or not per_clip else 4,
-        per_clip=per_clip,
+        digits=2 if unit or OF_SETS.match(name) else 4,
+        per_clip=not OF_SETS.match(name),
         protocol=protocol.measured(),
         label=label,
         of_truth=truth_has_value(name),
@@ -271,7 +274,8 @@ def merged(found: Sequence[Row], several: bool) -> list[Row]:
         if row.kind != RUN and (not several or alone and (row.kind in (FLOOR, SPACE) or len(row.runs) > 1)):
             row.id = row.label = row.method
         elif row.kind != RUN:
-            row.id = row.label = f"{', '.join(row.runs)}: {row.method}"
+            more = f" and {len(row.runs) - 1} more" if len(row.runs) > 1 else ""
+            row.id = row.label = f"{row.runs[0]}{more}: {row.method}"
     ids = [row.id for row in kept]
     assert len(set(ids)) == len(ids), f"rows of one name: {ids}"
     return sorted(kept, key=lambda row: (RUN, METHOD, SPACE, FLOOR).index(row.kind))

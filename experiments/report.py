@@ -1,7 +1,7 @@
 """A page that compares runs: ``python -m experiments.report RUN [RUN ...] [key=value ...]``.
 
     sets       named evaluation sets in place of the validation clips: sets=[davis]
-    out        folder of the page; default: report-<runs> under RUNS_ROOT/comparisons
+    out        folder of the page, empty or an earlier report's; default: report-<runs, sets, overrides> under RUNS_ROOT/comparisons
     baseline   the run that the others are held against; default: the first
     metric     by which clips are chosen, psnr by default: the baseline's worst, median and best of every stream
     clips      how many of each stream are shown; default 3 (more: evenly between worst and best)
@@ -35,14 +35,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments import decoded
+from experiments import decoded, report_folder
 from experiments.compare import gather
 from experiments.compare_plots import draw
 from experiments.comparison import FLOOR, Column, Comparison
 from experiments.compose import ConfigError, run_cli
 from experiments.decode import write_video
 from experiments.decoded import TRUTH, Frames
-from experiments.runs import runs_root
 
 PAGE = Path(__file__).parent / "page"
 SHARED = ("page.css", "view.js", "tables.js", "report.js")
@@ -77,6 +76,7 @@ class ReportConfig:
     overrides: list[str] = field(default_factory=list)  # of the evaluations
 
     def __post_init__(self) -> None:
+        self.runs = list(dict.fromkeys(self.runs))
         if not self.runs:
             raise ValueError('which runs? make report exps="a b c"')
         if self.clips < 1 or self.max_mb <= 0 or not 0 < self.fps <= 240 or (self.frames or FEWEST) < FEWEST:
@@ -112,29 +112,30 @@ def report(config: ReportConfig, arguments: Sequence[str] = ()) -> Path:
     """Compare the runs and write the page. Returns the path of its ``index.html``. ``arguments``: as typed, for the page.
 
     Raises:
-        ConfigError: a run is not there, cannot be evaluated or decoded; a metric that was not measured.
+        ConfigError: a run is not there, cannot be evaluated or decoded; a metric that was not measured; a folder that is not ours.
     """
+    out = Path(config.out) if config.out else report_folder.default(config.runs, config.sets, config.overrides)
+    report_folder.earlier(out)  # told before any work
     how = {"speed": config.speed, "methods": config.methods, "overrides": config.overrides}
     comparison = gather(config.runs, config.sets, config.baseline, **how)
     comparison.command = " ".join(["python -m experiments.report", *map(shlex.quote, arguments)])
     comparison.title = "Comparison of " + ", ".join(run.name for run in comparison.runs)
-    out = Path(config.out) if config.out else runs_root() / "comparisons" / ("report-" + "-".join(config.runs))[:120]
     return write(comparison, config, out)
 
 
 def write(comparison: Comparison, config: ReportConfig, out: Path) -> Path:
-    """The page of ``comparison`` in the folder ``out``. An earlier page in it is replaced."""
-    for folder in ("clips", "videos", "plots"):
-        shutil.rmtree(out / folder, ignore_errors=True)
-        (out / folder).mkdir(parents=True)
-    data = page_data(comparison, config, out)
-    (out / "data.js").write_text(f"window.REPORT = {script_json(data)};\n", encoding="utf-8")
-    for name in SHARED:
-        shutil.copyfile(PAGE / name, out / name)
-    template = (PAGE / "report.html").read_text(encoding="utf-8")
-    page = out / "index.html"
-    page.write_text(template.replace("{{title}}", html.escape(comparison.title)), encoding="utf-8")
-    return page
+    """The page of ``comparison`` in the folder ``out``. An earlier report in it is replaced; nothing else in it is touched."""
+    with report_folder.replaced(out) as made:
+        for folder in ("clips", "videos", "plots"):
+            (made / folder).mkdir()
+        data = page_data(comparison, config, made)
+        (made / "data.js").write_text(f"window.REPORT = {script_json(data)};\n", encoding="utf-8")
+        for name in SHARED:
+            shutil.copyfile(PAGE / name, made / name)
+        template = (PAGE / "report.html").read_text(encoding="utf-8")
+        page = template.replace("{{title}}", html.escape(comparison.title))
+        (made / "index.html").write_text(page, encoding="utf-8")
+    return out / "index.html"
 
 
 def page_data(comparison: Comparison, config: ReportConfig, out: Path) -> dict[str, Any]:

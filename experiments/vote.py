@@ -4,27 +4,33 @@
     clips      of each stream, drawn by the seed; default 8
     trials     pairs that a participant is asked at most, without checks; default 40
     truth      true: the truth is one of the methods
-    db         file of the votes (SQLite); default: vote-<runs>.db under RUNS_ROOT/comparisons. The same command goes on with it
+    db         file of the votes (SQLite); default: vote-<runs>.db under RUNS_ROOT/comparisons (with sets and overrides in its name).
+               The same command goes on with it
     port, host where it is served; default 8000 on 127.0.0.1: this machine alone. host=0.0.0.0 lets others in: there is no password
-    seed       of clips, order and sides
+    seed       by which clips are drawn; order and sides are drawn for everyone anew and cannot be foretold
     fps        of the films; default 16
 
-    results=true db=FILE   prints shares with intervals instead, and who was excluded and why (min_ms, same_side, spoilt, identical
-                           change the rule; it should stand before the vote begins)
+    min_ms, same_side, spoilt, identical   whose answers will not count (experiments/vote_results.py); kept with the vote when it begins
+
+    results=true db=FILE   prints shares with intervals instead, and who was excluded and why. Another rule than that of the
+                           beginning may be tried, and the results say so
 
 The page is given two addresses and learns nothing else: addresses are random for every participant and side, films of a clip
 have equal sizes in bytes, sides are drawn for every participant and remembered. Checks of attention are among the pairs: two
-identical films, and the truth against a spoilt copy. The server sends nothing but its four own files and films that it has
+identical films, and the truth against a spoilt copy. An answer is taken once both films were fetched and have had the time to be
+played to their end. The server sends nothing but its four own files and films that it has
 just told somebody to look at; no part of a request is ever used as a path.
 """
 
+import errno
 import hashlib
 import json
 import random
 import re
+import socket
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,9 +39,11 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from experiments import decoded, vote_results
+from experiments.compare import _folder as folder_name
 from experiments.compose import ConfigError, run_cli
 from experiments.decoded import Frames
 from experiments.report import PAGE, options, picture
+from experiments.report_folder import sets_named
 from experiments.runs import runs_root
 from experiments.vote_store import DEGRADED, TRUTH, Refused, Store, Study
 
@@ -54,7 +62,7 @@ POLICY = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline
 
 @dataclass
 class VoteConfig:
-    """The command's own options; the last four are the rule of exclusion."""
+    """The command's own options; the last four are the rule of exclusion, where it is not the usual one."""
 
     runs: list[str] = field(default_factory=list)
     sets: list[str] | None = None
@@ -68,26 +76,31 @@ class VoteConfig:
     fps: float = 16.0
     overrides: list[str] = field(default_factory=list)  # of the evaluations
     results: bool = False
-    min_ms: float = vote_results.Rule.min_ms
-    same_side: int = vote_results.Rule.same_side
-    spoilt: int = vote_results.Rule.spoilt
-    identical: float = vote_results.Rule.identical
+    min_ms: float | None = None
+    same_side: int | None = None
+    spoilt: float | None = None
+    identical: float | None = None
 
     def __post_init__(self) -> None:
         if self.results and not self.db and not self.runs:
             raise ValueError("results of which vote? make vote results=true db=FILE")
+        if twice := [run for i, run in enumerate(self.runs) if run in self.runs[:i]]:
+            raise ValueError(f"{twice[0]} is named twice: a run cannot be voted on against itself")
         if not self.results and len(self.runs) + self.truth < 2:
             raise ValueError('which two runs? make vote exps="a b"')
+        vote_results.Rule(**self.rule())
         if min(self.clips, self.trials) < 1 or not 0 < self.fps <= 240 or not 0 <= self.port <= 65535:
             raise ValueError("clips and trials must be 1 or more, fps in 0 to 240, port in 0 to 65535")
 
-    def rule(self) -> vote_results.Rule:
-        """Whose answers do not count."""
-        return vote_results.Rule(self.min_ms, self.same_side, self.spoilt, self.identical)
+    def rule(self) -> dict[str, float]:
+        """What was typed of the rule of exclusion."""
+        typed = {name: getattr(self, name) for name in asdict(vote_results.Rule())}
+        return {name: value for name, value in typed.items() if value is not None}
 
     def file(self) -> Path:
         """Where the votes are."""
-        return Path(self.db) if self.db else runs_root() / "comparisons" / f"vote-{'-'.join(self.runs)[:120]}.db"
+        name = folder_name([*self.runs, *sets_named(self.sets), *self.overrides])
+        return Path(self.db) if self.db else runs_root() / "comparisons" / f"vote-{name}.db"
 
 
 # --- films ------------------------------------------------------------------------------------------------------------
@@ -170,7 +183,13 @@ def prepare(config: VoteConfig) -> tuple[Store, Path]:
     digests = [
         [hashlib.sha256(np.ascontiguousarray(film[n])).hexdigest() for n in range(len(methods))] for film in films
     ]
-    study = Study(methods, clips, digests, config.seed, config.trials, fps=config.fps)
+    same = [(a, b) for b in range(len(methods)) for a in range(b) if all(found[a] == found[b] for found in digests)]
+    if same:
+        a, b = (methods[number] for number in same[0])
+        raise ConfigError(f"{a} and {b} have the same films of all clips: there is nothing to vote on between them")
+    rule = asdict(vote_results.Rule(**config.rule()))
+    lengths = [len(film[TRUTH]) for film in films]
+    study = Study(methods, clips, digests, config.trials, fps=config.fps, lengths=lengths, rule=rule)
     store = Store(config.file())
     store.begin_study(study)
     folder = (
@@ -184,12 +203,13 @@ def prepare(config: VoteConfig) -> tuple[Store, Path]:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page, films by their addresses, and three questions: begin, next, vote."""
+    """Serves the page, films by their addresses, and four questions: begin, next, shown, vote."""
 
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], store: Store, folder: Path) -> None:
         self.store, self.folder = store, folder.resolve()
+        self.sent: set[str] = set()  # addresses of films that somebody fetched
         self.static = {path: ((PAGE / name).read_bytes(), kind) for path, (name, kind) in STATIC.items()}
         super().__init__(address, Handler)
 
@@ -199,7 +219,10 @@ class Server(ThreadingHTTPServer):
         if found is None:
             return None
         path = (self.folder / pack_name(*found)).resolve()
-        return path.read_bytes() if path.is_relative_to(self.folder) and path.is_file() else None
+        if not path.is_relative_to(self.folder) or not path.is_file():
+            return None
+        self.sent.add(address)
+        return path.read_bytes()
 
     def host_is_ours(self, host: str) -> bool:
         """Whether a request names this server: pages elsewhere must not reach it under a name of theirs."""
@@ -218,9 +241,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if not self.server.host_is_ours(self.headers.get("Host", "")):
             return self._send(403, {"error": "this server goes by another name"})
-        if (static := self.server.static.get(self.path)) is not None:
+        path = self.path.partition("?")[0]  # links are passed on with all sorts of things behind them
+        if (static := self.server.static.get(path)) is not None:
             return self._send(200, *static)
-        match = FILM.fullmatch(self.path)
+        match = FILM.fullmatch(path)
         content = self.server.film(match[1]) if match else None
         if content is None:
             return self._send(404, {"error": "there is nothing here"})
@@ -229,7 +253,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         try:
             body = self._body()
-            questions = {"/api/begin": self._begin, "/api/next": self._next, "/api/vote": self._vote}
+            questions = {
+                "/api/begin": self._begin,
+                "/api/next": self._next,
+                "/api/shown": self._shown,
+                "/api/vote": self._vote,
+            }
             if self.path not in questions:
                 raise Refused("there is nothing here", 404)
             self._send(200, questions[self.path](body))
@@ -254,6 +283,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused("this is no JSON") from None
         if not isinstance(body, dict) or not all(isinstance(value, str) for value in body.values()):
             raise Refused("send an object of texts")
+        if any("\ud800" <= c <= "\udfff" for value in body.values() for c in value):
+            raise Refused("this is no text: half a character stands in it")
         return body
 
     def _begin(self, body: dict[str, str]) -> dict[str, Any]:
@@ -262,8 +293,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _next(self, body: dict[str, str]) -> dict[str, Any]:
         trial, done, total = self.server.store.next_trial(body.get("participant", ""))
-        found = {"done": done, "total": total, "fps": self.server.store.study().fps}
-        return found | ({"trial": trial.id, "left": trial.left_film, "right": trial.right_film} if trial else {})
+        study = self.server.store.study()
+        found = {"done": done, "total": total, "fps": study.fps}
+        if trial is None:
+            return found
+        about = {"trial": trial.id, "left": trial.left_film, "right": trial.right_film}
+        return found | about | {"seconds": study.seconds(trial.clip)}
+
+    def _shown(self, body: dict[str, str]) -> dict[str, Any]:
+        self.server.store.shown(body.get("participant", ""), body.get("trial", ""), self.server.sent)
+        return {"kept": True}
 
     def _vote(self, body: dict[str, str]) -> dict[str, Any]:
         self.server.store.vote(body.get("participant", ""), body.get("trial", ""), body.get("choice", ""))
@@ -289,6 +328,13 @@ class Handler(BaseHTTPRequestHandler):
         """Addresses and participants' tokens go into no log."""
 
 
+def _cannot_serve(config: VoteConfig, error: OSError) -> str:
+    """Why, and which option is to be changed."""
+    if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        return f"host={config.host}: {error.strerror}; 127.0.0.1 is this machine alone, 0.0.0.0 all that reach it"
+    return f"port={config.port}: {error.strerror}; give another port="
+
+
 def main(arguments: list[str]) -> None:
     config = options(arguments, VoteConfig)
     try:
@@ -303,9 +349,11 @@ def main(arguments: list[str]) -> None:
     try:
         server = Server((config.host, config.port), store, folder)
     except OSError as error:
-        raise ConfigError(f"port={config.port}: {error.strerror}; give another port=") from None
+        store.close()
+        raise ConfigError(_cannot_serve(config, error)) from None
     print(
-        f"votes go to {config.file()}\n{config.rule()}\nhttp://{config.host}:{server.server_address[1]}/  (Ctrl-C ends it)",
+        f"votes go to {config.file()}\n{vote_results.Rule(**store.study().rule)}\n"
+        f"http://{config.host}:{server.server_address[1]}/  (Ctrl-C ends it)",
         flush=True,
     )
     try:

@@ -2,13 +2,15 @@
 
 Share: of the answers that preferred a side, those for the first method. Two 95 % intervals: Wilson's, which takes all answers
 for independent, and a bootstrap that draws participants and clips anew, because answers of one person, and answers on one clip,
-resemble each other (Owen, "The pigeonhole bootstrap", 2007). The second is the one to quote.
+resemble each other (Owen, "The pigeonhole bootstrap", 2007). Neither is enough alone: Wilson's is too narrow where people or
+clips differ, and the bootstrap's where they happen not to, down to no width at all where all agree. To be quoted is what
+holds both; from fewer than five people or clips nothing is to be had.
 """
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,27 +20,32 @@ from experiments.vote_store import TRUTH, Store
 
 Z95 = 1.959963984540054
 DRAWS = 5000
+FEWEST = 5  # people, and clips: fewer do not tell how much people, or clips, differ
+IMPROBABLE = 0.05  # for somebody honest
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Whose answers do not count. Decided before a vote, not after looking at it: results name the rule."""
+    """Whose answers do not count: whose failures are improbable (p < 0.05) for somebody honest, who fails now and then too.
 
-    min_ms: float = 700.0  # a participant whose median answer took less did not look
+    One failure of one check never excludes. It is kept with the study, before the first vote.
+    """
+
+    min_ms: float = 700.0  # a participant whose median answer took less, from when the films were shown, did not look
     same_side: int = 8  # so many sided answers or more, all for one side: by chance in 1 of 128
-    spoilt: int = 1  # so many wrong answers to "the truth or a spoilt copy", or more
-    identical: float = 0.5  # a larger share of identical pairs on which a side was preferred
+    spoilt: float = 0.1  # how often somebody honest errs about the truth and a spoilt copy: a slip of the hand
+    identical: float = 0.3  # how often somebody honest prefers a side of two identical films
 
     def __post_init__(self) -> None:
-        if self.min_ms < 0 or self.same_side < 2 or self.spoilt < 1 or not 0 <= self.identical <= 1:
-            raise ValueError("min_ms must be 0 or more, same_side 2 or more, spoilt 1 or more, identical in 0 to 1")
+        if self.min_ms < 0 or self.same_side < 2 or not 0 < self.spoilt < 1 or not 0 < self.identical < 1:
+            raise ValueError("min_ms must be 0 or more, same_side 2 or more, spoilt and identical between 0 and 1")
 
     def __str__(self) -> str:
         return (
-            f"excluded are participants with {self.spoilt} or more wrong answers to the truth against a spoilt copy; who prefer a "
-            f"side of more than {self.identical:.0%} of their identical pairs; whose median answer takes less than "
-            f"{self.min_ms:g} ms; who choose the same side {self.same_side} times or more and never the other; who answered no "
-            "check"
+            f"excluded is who fails checks as often as somebody honest does in fewer than {IMPROBABLE:.0%} of cases, if that one "
+            f"errs about a spoilt copy in {self.spoilt:.0%} and prefers a side of identical films in {self.identical:.0%} of them; "
+            f"whose median answer takes less than {self.min_ms:g} ms; who chooses the same side {self.same_side} times or more and "
+            "never the other"
         )
 
     def reasons(self, votes: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -48,11 +55,9 @@ class Rule:
         same = [vote for vote in votes if vote["kind"] == "identical"]
         sided = [vote for vote in same if vote["choice"] != "none"]
         found = []
-        if not checks and not same:
-            found.append("answered no check")
-        if len(wrong) >= self.spoilt:
+        if at_least(len(wrong), len(checks), self.spoilt) < IMPROBABLE:
             found.append(f"preferred a spoilt copy, or saw no difference, in {len(wrong)} of {len(checks)} checks")
-        if same and len(sided) / len(same) > self.identical:
+        if at_least(len(sided), len(same), self.identical) < IMPROBABLE:
             found.append(f"preferred a side of {len(sided)} of {len(same)} identical pairs")
         median = 1000 * statistics.median(vote["seconds"] for vote in votes) if votes else math.inf
         if median < self.min_ms:
@@ -61,6 +66,11 @@ class Rule:
         if len(sides) >= self.same_side and len(set(sides)) == 1:
             found.append(f"chose {sides[0]} all {len(sides)} times")
         return found
+
+
+def at_least(failures: int, number: int, share: float) -> float:
+    """Probability of so many failures or more of ``number``, where each has the probability ``share``."""
+    return sum(math.comb(number, k) * share**k * (1 - share) ** (number - k) for k in range(failures, number + 1))
 
 
 def chosen(vote: Mapping[str, Any]) -> int | None:
@@ -81,12 +91,12 @@ def wilson(wins: int, number: int) -> tuple[float, float]:
 def clustered(wins: np.ndarray, numbers: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95 % interval of ``wins.sum() / numbers.sum()``, both "participant clip", when rows and columns are drawn anew.
 
-    NaN where there are fewer than two participants or fewer than two clips: then nothing says how much they differ.
+    NaN where there are fewer than five participants or clips: that few say little of how much others differ.
     """
     keep = numbers.sum(1) > 0, numbers.sum(0) > 0
     wins, numbers = (array[keep[0]][:, keep[1]].astype(np.float64) for array in (wins, numbers))
     people, clips = wins.shape
-    if people < 2 or clips < 2:
+    if min(people, clips) < FEWEST:
         return math.nan, math.nan
     draw = np.random.default_rng(seed)
     rows = draw.multinomial(people, np.full(people, 1 / people), DRAWS).astype(np.float64)
@@ -97,9 +107,19 @@ def clustered(wins: np.ndarray, numbers: np.ndarray, seed: int = 0) -> tuple[flo
     return float(low), float(high)
 
 
-def results(store: Store, rule: Rule) -> dict[str, Any]:
-    """Shares of every pair of methods, excluded participants with the reasons, and the rule."""
+def quoted(wins: np.ndarray, numbers: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval to quote: what holds Wilson's and the clustered one. NaN where the latter is not to be had."""
+    one, other = clustered(wins, numbers), wilson(int(wins.sum()), int(numbers.sum()))
+    return (min(one[0], other[0]), max(one[1], other[1])) if not math.isnan(one[0]) else one
+
+
+def results(store: Store, changed: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Shares of every pair of methods, excluded participants with the reasons, and the rule.
+
+    The rule is the study's own; ``changed`` of it is told in the results.
+    """
     study, votes = store.study(), store.votes()
+    rule = Rule(**{**asdict(Rule(**study.rule)), **(changed or {})})
     by_person: dict[int, list[dict[str, Any]]] = {}
     for vote in votes:
         by_person.setdefault(vote["participant"], []).append(vote)
@@ -129,6 +149,7 @@ def results(store: Store, rule: Rule) -> dict[str, Any]:
                     "share": won / number if number else math.nan,
                     "wilson": wilson(won, number),
                     "clustered": clustered(wins, sided),
+                    "interval": quoted(wins, sided),
                 }
             )
     names = {person["number"]: person["name"] for person in store.participants()}
@@ -138,7 +159,9 @@ def results(store: Store, rule: Rule) -> dict[str, Any]:
         "clips": len(study.clips),
         "began": len(names),
         "excluded": [{"participant": n, "name": names[n], "reasons": excluded[n]} for n in sorted(excluded)],
+        "unchecked": sum(all(vote["kind"] == "pair" for vote in by_person[number]) for number in counted),
         "rule": str(rule),
+        "changed": rule != Rule(**study.rule),
     }
 
 
@@ -148,20 +171,27 @@ def text(found: Mapping[str, Any]) -> str:
     def interval(bounds: tuple[float, float]) -> str:
         return "not to be had" if math.isnan(bounds[0]) else f"{bounds[0]:.1%} to {bounds[1]:.1%}"
 
-    head = ["first", "second", "share of first", "clustered 95 %", "Wilson 95 %", "first", "second", "no difference"]
+    head = ["first", "second", "share of first", "95 %", "if independent", "first", "second", "no difference"]
     rows: list[list[Any]] = [head]
     for pair in found["pairs"]:
         share = "no votes" if math.isnan(pair["share"]) else f"{pair['share']:.1%}"
         counts = (pair["first_preferred"], pair["second_preferred"], pair["no_difference"])
         rows.append(
-            [pair["first"], pair["second"], share, interval(pair["clustered"]), interval(pair["wilson"]), *counts]
+            [pair["first"], pair["second"], share, interval(pair["interval"]), interval(pair["wilson"]), *counts]
         )
     lines = [
         table(rows),
         "",
         f"{found['participants']} participants count, {found['began']} began; {found['clips']} clips",
+        "95 %: what holds the interval that draws people and clips anew and the one that takes all answers for independent",
     ]
-    lines += [f"rule: {found['rule']}"]
+    if any(math.isnan(pair["interval"][0]) for pair in found["pairs"]):
+        lines.append(f"an interval takes {FEWEST} participants and {FEWEST} clips with a preference")
+    if found["unchecked"]:
+        lines.append(f"{found['unchecked']} of them answered no check")
+    lines.append(
+        f"rule{' (another than the one that the vote began with)' if found['changed'] else ''}: {found['rule']}"
+    )
     for one in found["excluded"]:
         name = f" ({one['name']})" if one["name"] else ""
         lines.append(f"excluded: participant {one['participant']}{name}: {'; '.join(one['reasons'])}")

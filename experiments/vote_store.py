@@ -11,9 +11,9 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,9 @@ Kind = Literal["pair", "identical", "degraded"]
 CHOICES: tuple[Choice, ...] = ("left", "right", "none")
 TRUTH, DEGRADED = -1, -2  # films that are no method's: for checks of attention
 MOST_PARTICIPANTS = 10_000
+BEGINS_A_MINUTE = 120  # of all together, so that nobody fills the file with participants
+IDLE_S = 3600.0  # after which a participant without any answer gives way to others
+EARLY_S = 0.05  # that a browser's clock may be ahead of ours
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS study (id INTEGER PRIMARY KEY CHECK (id = 1), definition TEXT NOT NULL, began REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS participant (
@@ -30,7 +33,7 @@ CREATE TABLE IF NOT EXISTS participant (
 CREATE TABLE IF NOT EXISTS trial (
     id TEXT PRIMARY KEY, participant INTEGER NOT NULL REFERENCES participant, position INTEGER NOT NULL,
     kind TEXT NOT NULL, clip INTEGER NOT NULL, pair TEXT NOT NULL, left INTEGER NOT NULL, right INTEGER NOT NULL,
-    left_film TEXT NOT NULL UNIQUE, right_film TEXT NOT NULL UNIQUE, served REAL,
+    left_film TEXT NOT NULL UNIQUE, right_film TEXT NOT NULL UNIQUE, served REAL, shown REAL,
     UNIQUE (participant, position), UNIQUE (participant, pair)
 );
 CREATE TABLE IF NOT EXISTS vote (
@@ -56,14 +59,21 @@ class Study:
     methods: list[str]
     clips: list[list[str]]  # stream, key
     films: list[list[str]]  # clip -> method -> sha256 of its frames
-    seed: int = 0
     trials: int = 40  # pairs that a participant is shown at most, without checks
     checks_every: int = 10  # trials: for so many, one identical pair and one of the truth against a spoilt copy
     fps: float = 16.0
+    lengths: list[int] = field(
+        default_factory=list
+    )  # clip -> its frames: nobody may answer before they have been shown
+    rule: dict[str, float] = field(default_factory=dict)  # whose answers will not count: decided before the first vote
 
     def __post_init__(self) -> None:
         if len(self.methods) < 2 or not self.clips:
             raise ValueError("a vote needs two methods and a clip")
+
+    def seconds(self, clip: int) -> float:
+        """How long a clip's films take at speed 1; 0 where that is not known."""
+        return self.lengths[clip] / self.fps if self.lengths else 0.0
 
     def pairs(self) -> list[tuple[int, int, int]]:
         """(clip, method, method) of all that can be asked."""
@@ -87,12 +97,12 @@ class Trial:
     right_film: str
 
 
-def draw_trials(study: Study, participant: int) -> list[Trial]:
+def draw_trials(study: Study, participant: int, draw: random.Random | None = None) -> list[Trial]:
     """What a participant is shown: pairs in an order and on sides of their own, checks among them.
 
-    Order and sides are drawn from the study's seed and the participant's number; addresses are random and say nothing.
+    Nobody can foretell them: without ``draw``, which is for tests, the operating system draws. They are kept, not drawn again.
     """
-    draw = random.Random(f"{study.seed}/{participant}")
+    draw = draw or random.SystemRandom()
     pairs = draw.sample(study.pairs(), min(study.trials, len(study.pairs())))
     asked: list[tuple[Kind, int, str, int, int]] = [("pair", c, f"{c}/{a}/{b}", a, b) for c, a, b in pairs]
     checks = min(max(1, round(len(pairs) / study.checks_every)), len(study.clips))
@@ -169,23 +179,42 @@ class Store:
         rows = self._all("SELECT definition FROM study")
         if not rows:
             raise ValueError(f"{self.path} holds no study")
-        return Study(**json.loads(rows[0]["definition"]))
+        try:
+            return Study(**json.loads(rows[0]["definition"]))
+        except TypeError:
+            raise ValueError(f"{self.path} was begun by another version of this command; give another db=") from None
 
     # ---- participants
 
     def begin(self, name: str) -> str:
-        """A new participant; all that they will be shown is drawn now. Returns their token."""
-        study, token = self.study(), secrets.token_urlsafe(24)
+        """A new participant; all that they will be shown is drawn now. Returns their token.
+
+        Raises Refused for too many in a minute. Participants who have not answered anything for an hour give way to new ones:
+        whoever begins again and again shuts nobody out for longer than that.
+        """
+        study, token, now = self.study(), secrets.token_urlsafe(24), time.time()
         with self._writing() as db:
+            if (
+                db.execute("SELECT count(*) FROM participant WHERE began > ?", (now - 60,)).fetchone()[0]
+                >= BEGINS_A_MINUTE
+            ):
+                raise Refused("too many begin at once: try again in a minute", 429)
+            if db.execute("SELECT count(*) FROM participant").fetchone()[0] >= MOST_PARTICIPANTS:
+                self._make_room(db, now - IDLE_S)
             number = db.execute("SELECT coalesce(max(number), 0) + 1 FROM participant").fetchone()[0]
-            if number > MOST_PARTICIPANTS:
-                raise Refused("there are too many participants", 503)
-            db.execute("INSERT INTO participant VALUES (?, ?, ?, ?)", (number, token, name, time.time()))
+            db.execute("INSERT INTO participant VALUES (?, ?, ?, ?)", (number, token, name, now))
             for t in draw_trials(study, number):
                 place = (t.id, t.participant, t.position, t.kind, t.clip, t.pair)
                 films = (t.left, t.right, t.left_film, t.right_film)
-                db.execute("INSERT INTO trial VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", (*place, *films))
+                db.execute("INSERT INTO trial VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL)", (*place, *films))
         return token
+
+    def _make_room(self, db: sqlite3.Connection, before: float) -> None:
+        """Forget those who began before then and answered nothing."""
+        idle = "SELECT number FROM participant WHERE began < ? AND number NOT IN (SELECT participant FROM vote)"
+        db.execute(f"DELETE FROM trial WHERE participant IN ({idle})", (before,))
+        if not db.execute(f"DELETE FROM participant WHERE number IN ({idle})", (before,)).rowcount:
+            raise Refused("there are too many participants: try again later", 503)
 
     def _number(self, token: str) -> int:
         rows = self._all("SELECT number FROM participant WHERE token = ?", token)
@@ -194,10 +223,7 @@ class Store:
         return rows[0]["number"]
 
     def next_trial(self, token: str) -> tuple[Trial | None, int, int]:
-        """What this participant is to answer next (None: nothing is left), how many were answered, and of how many.
-
-        The clock of a trial starts when it is served first.
-        """
+        """What this participant is to answer next (None: nothing is left), how many were answered, and of how many."""
         number = self._number(token)
         with self._writing() as db:
             done = db.execute("SELECT count(*) FROM vote WHERE participant = ?", (number,)).fetchone()[0]
@@ -209,24 +235,42 @@ class Store:
             if row is None:
                 return None, done, total
             db.execute("UPDATE trial SET served = ? WHERE id = ? AND served IS NULL", (time.time(), row["id"]))
-        return Trial(**{key: row[key] for key in row.keys() if key != "served"}), done, total  # noqa: SIM118
+        return Trial(**{each.name: row[each.name] for each in fields(Trial)}), done, total
+
+    def shown(self, token: str, trial: str, sent: Collection[str]) -> None:
+        """The films of a trial are about to be looked at: its clock starts, the first time only.
+
+        Raises Refused unless both are among the addresses ``sent``: what was not fetched cannot be shown.
+        """
+        number = self._number(token)
+        with self._writing() as db:
+            row = self._served(db, trial, number)
+            if not {row["left_film"], row["right_film"]} <= {*sent}:
+                raise Refused("its films were not fetched", 409)
+            db.execute("UPDATE trial SET shown = ? WHERE id = ? AND shown IS NULL", (time.time(), trial))
+
+    def _served(self, db: sqlite3.Connection, trial: str, number: int) -> sqlite3.Row:
+        row = db.execute("SELECT * FROM trial WHERE id = ? AND participant = ?", (trial, number)).fetchone()
+        if row is None or row["served"] is None:
+            raise Refused("no such trial", 404)
+        return row
 
     def vote(self, token: str, trial: str, choice: str) -> None:
-        """Keep an answer. Raises Refused for a choice that there is not, another's trial, or a second answer."""
+        """Keep an answer and how long it took since the films were shown.
+
+        Raises Refused for a choice that there is not, another's trial, a second answer, or one before the films were over once.
+        """
         if choice not in CHOICES:
             raise Refused(f"choice must be one of {', '.join(CHOICES)}")
-        number, now = self._number(token), time.time()
+        study, number, now = self.study(), self._number(token), time.time()
         with self._writing() as db:
-            row = db.execute("SELECT * FROM trial WHERE id = ? AND participant = ?", (trial, number)).fetchone()
-            if row is None or row["served"] is None:
-                raise Refused("no such trial", 404)
-            try:
-                db.execute(
-                    "INSERT INTO vote VALUES (?, ?, ?, ?, ?, ?)",
-                    (trial, number, row["pair"], choice, now, now - row["served"]),
-                )
-            except sqlite3.IntegrityError:
-                raise Refused("this pair was answered already", 409) from None
+            row = self._served(db, trial, number)
+            if db.execute("SELECT 1 FROM vote WHERE trial = ?", (trial,)).fetchone():
+                raise Refused("this pair was answered already", 409)
+            if row["shown"] is None or 0 <= now - row["shown"] < study.seconds(row["clip"]) - EARLY_S:
+                raise Refused("the films have not been shown to their end", 425)
+            values = (trial, number, row["pair"], choice, now, now - row["shown"])
+            db.execute("INSERT INTO vote VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def film(self, address: str) -> tuple[int, int] | None:
         """(clip, method) behind an address; None if there is none, or if its trial was not served yet."""
@@ -249,8 +293,3 @@ class Store:
             FROM vote JOIN trial ON trial.id = vote.trial ORDER BY vote.answered, trial.position
         """
         return [dict(row) for row in self._all(query)]
-
-
-def method_numbers(study: Study, films: Sequence[int] = (TRUTH, DEGRADED)) -> list[int]:
-    """Numbers of all films of a clip: the methods', and those of checks."""
-    return [*range(len(study.methods)), *films]

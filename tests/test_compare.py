@@ -66,6 +66,12 @@ def scores(root: Path, run: str, method: str = "decoder") -> dict[str, dict[str,
     return {metric: {row["key"]: float(row[metric]) for row in rows} for metric in ("psnr", "ssim")}
 
 
+def by_student(values) -> list[float]:
+    """The 95 % interval of the mean of two values: Student's t of one degree of freedom is 12.706."""
+    mean, half = statistics.fmean(values), 12.706 * statistics.stdev(values) / 2**0.5
+    return [mean - half, mean + half]
+
+
 def test_the_table_has_the_means_of_the_clips(root, comparison):
     assert [row.id for row in comparison.own_rows()] == [FIRST, SECOND], "the baseline stands first"
     theirs = scores(root, FIRST)
@@ -73,12 +79,10 @@ def test_the_table_has_the_means_of_the_clips(root, comparison):
         for metric, values in scores(root, name).items():
             score = comparison.row(name).scores[f"unseen/{metric}"]
             assert score.mean == pytest.approx(statistics.fmean(values.values())) and score.clips == len(values) == 2
-            assert score.low == pytest.approx(min(values.values())) and score.high == pytest.approx(
-                max(values.values())
-            )
+            assert [score.low, score.high] == pytest.approx(by_student(values.values()))
             if name == SECOND:
                 by_clip = [values[key] - theirs[metric][key] for key in values]
-                assert score.delta == pytest.approx([statistics.fmean(by_clip), min(by_clip), max(by_clip)])
+                assert score.delta == pytest.approx([statistics.fmean(by_clip), *by_student(by_clip)])
     floor = comparison.row("mean colour of the clip")
     assert floor.runs == [FIRST, SECOND]
     assert floor.scores["unseen/psnr"].mean == pytest.approx(

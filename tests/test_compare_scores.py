@@ -238,7 +238,9 @@ def test_a_prediction_that_is_not_finite_has_no_mean_no_difference_and_no_mark()
     assert comparison.row("y").scores["s/ssim"].mean == 25.0, "other scores are there"
     text = compare_table.render(comparison, "txt")
     assert "not finite" in text and "y gave pixels that are not finite" in text
-    assert "s/psnr" not in comparison.row("y").clips
+    assert "s/psnr" not in comparison.row("y").clips and comparison.column("s", "psnr").per_clip
+    alone = compared(evaluation("y", {"decoder": {"psnr": dict.fromkeys("abcdef", math.nan)}}))
+    assert alone.columns[0].per_clip and alone.row("y").scores["s/psnr"].mean is None
     first = compared(*(evaluation(n, {"decoder": {"psnr": s}}) for n, s in (("y", broken), ("x", A))))
     score = first.row("x").scores["s/psnr"]
     assert (score.delta, score.best) == (None, False), "nothing to be told from, nothing to be better than"
@@ -322,13 +324,21 @@ def test_what_the_truth_has_a_value_of_is_told_from_the_truth():
     assert untold.row("y").scores["s/flicker"].delta is None and untold.column("s", "flicker").against == ""
 
 
+def test_what_no_method_has_a_score_of_is_no_column():
+    """Such as flicker of a group of one frame: it has a protocol and no mean."""
+    given = evaluation("x", {"decoder": {"psnr": A, "flicker_reference": A}})
+    for mean in given.result["means"]:
+        del mean["scores"]["flicker_reference"]
+    assert [column.id for column in compared(given).columns] == ["s/psnr"]
+
+
 def test_two_teachers_of_two_runs_each_are_two_rows():
     by_run = zip("wxyz", (0, 0, 5, 5), strict=True)
     comparison = compared(
         *(evaluation(n, {"decoder": {"psnr": shifted(-1)}, "teacher": {"psnr": shifted(by)}}) for n, by in by_run)
     )
-    assert [row.id for row in comparison.rows[4:]] == ["w, x: teacher", "y, z: teacher"]
-    assert comparison.row("y, z: teacher").scores["s/psnr"].mean == pytest.approx(30)
+    assert [row.id for row in comparison.rows[4:]] == ["w and 1 more: teacher", "y and 1 more: teacher"]
+    assert comparison.row("y and 1 more: teacher").scores["s/psnr"].mean == pytest.approx(30)
 
 
 def test_each_row_gets_its_own_timing_even_where_labels_are_equal(monkeypatch):
@@ -355,3 +365,22 @@ def test_each_row_gets_its_own_timing_even_where_labels_are_equal(monkeypatch):
     y.id = x.id
     compare_speed.measure([x, y], comparison.streams[0], False, rounds=2)
     assert (x.speed.seconds, y.speed.seconds) == ([1.0, 1.0], [2.0, 2.0])
+
+
+def test_a_run_without_means_by_frame_is_named_and_legends_lie_within(tmp_path):
+    names = [f"compare_family_with_a_long_name_{number}" for number in range(5)]
+    comparison = compared(*(evaluation(name, {"decoder": {"psnr": A}}) for name in names))
+    for one in comparison.runs:
+        one.folder = str(tmp_path / one.name)
+        (tmp_path / one.name).mkdir()
+        scores = ["", ""] if one.name == names[1] else ["20", "21"]
+        lines = [f"s,decoder,{frame},6,{score}" for frame, score in enumerate(scores)]
+        (tmp_path / one.name / "by_frame.csv").write_text("\n".join(["stream,method,frame,clips,psnr", *lines]))
+    figure = compare_plots._frames(comparison)["frames_s_psnr"]
+    assert f"no such means: {names[1]}" in figure.get_suptitle()
+    assert [line.get_label() for line in figure.axes[0].lines] == [name for name in names if name != names[1]]
+    assert figure.axes[0].lines[1].get_color() == compare_plots.COLOURS[2], "a run has its colour in all figures"
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = figure.legends[0].get_window_extent(canvas.get_renderer())
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width

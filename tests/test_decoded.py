@@ -1,6 +1,7 @@
 """Decoded clips are those that were scored: weights, seeds, path; and they are decoded once."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 
 from decoders.base import VideoDecoder
-from experiments import decoded, evaluate
+from experiments import decoded, evaluate, weights
 from experiments.compose import ConfigError
 from experiments.config import load
 from experiments.runs import run_dir
-from experiments.train import train
+from experiments.train import build, train
 
 NAME = "regen_space_debug"  # it draws noise, and has methods of its own
 QUICK = ["trainer.progress_bar=false", "validation.num_shown=0"]
@@ -89,6 +90,105 @@ def test_other_pixels_than_those_scored_are_refused(run, monkeypatch):
     finally:
         path.write_text(kept)
     assert decoded.decode(run.name, "unseen", [key])
+
+
+@pytest.mark.parametrize("method", ["2 steps", "one colour per 8x8x4 cell"])
+def test_other_pixels_of_any_method_are_refused(run, monkeypatch, method):
+    """All that is kept is checked, not the decoder alone; what is not shown, and has another score, is not."""
+    monkeypatch.setattr(decoded, "FOLDER", f"frames-{method[:3]}")
+    (key, _), *_ = rows(run)
+    plain = decoded.scored_methods
+
+    def odd(home, name):
+        found = plain(home, name)
+        assert method in found["unseen", key]
+        found["unseen", key][method]["psnr"] += 1.0
+        return found
+
+    monkeypatch.setattr(decoded, "scored_methods", odd)
+    if method.startswith(decoded.FLOORS):
+        assert decoded.decode(run.name, "unseen", [key])
+        return
+    for _ in range(2):  # the second time too: nothing of it was kept
+        with pytest.raises(ConfigError, match=f"by {method} decodes to .* these are not the pixels"):
+            decoded.decode(run.name, "unseen", [key])
+
+
+def test_a_method_without_a_score_is_not_checked(run, monkeypatch):
+    monkeypatch.setattr(decoded, "FOLDER", "frames-without")
+    (key, _), *_ = rows(run)
+    monkeypatch.setattr(decoded, "scored_methods", lambda *_: {("unseen", key): {"decoder": {}}})
+    assert "2 steps" in decoded.decode(run.name, "unseen", [key])[key]
+
+
+def test_no_other_clip_is_read(run, monkeypatch):
+    """Clips of other streams and other batches: for two films of a set of hundreds nobody reads the set."""
+    changed = ["data.val.unseen.batch_size=1", "data.val.small={sources: [unseen], size: [32, 32], num_frames: 9}"]
+    evaluate.evaluate(NAME, [*SHORT, *changed])
+    there = decoded.scored_clips(decoded.plan(run.name, None, changed).folder, run.name)
+    keys = sorted(key for stream, key in there if stream == "unseen")
+    assert len(keys) == 2 and len(there) == 4
+    seen, others = [], []
+    plain = VideoDecoder.validation_step
+
+    def step(self, batch, *more):
+        seen.extend(batch["key"])
+        others.append(self.trainer.datamodule.another_clip(batch["key"][0]))  # what controls take
+        return plain(self, batch, *more)
+
+    monkeypatch.setattr(VideoDecoder, "validation_step", step)
+    found = decoded.decode(run.name, "unseen", keys[1:], overrides=changed)
+    assert seen == keys[1:] and [*found] == keys[1:] and others[0].shape[0] == 3
+    assert decoded._begins("a@b.mp4#0@0,0,8x8", "a@b.mp4#0") and not decoded._begins("a.mp4#01@0", "a.mp4#0")
+
+
+def test_one_process_decodes_on_a_machine_of_several(run, monkeypatch):
+    monkeypatch.setattr(decoded, "FOLDER", "frames-devices")
+    from experiments import train as training
+
+    class Seen(Exception):
+        pass
+
+    def build_trainer(experiment, *more, **named):
+        t = experiment.trainer
+        raise Seen(t.devices, t.num_nodes, t.strategy)
+
+    monkeypatch.setattr(training, "build_trainer", build_trainer)
+    (key, _), *_ = rows(run)
+    many = ["trainer.devices=2", "trainer.num_nodes=2", "trainer.strategy=ddp"]
+    with pytest.raises(Seen) as seen:
+        decoded.decode(run.name, "unseen", [key], overrides=many)
+    assert seen.value.args == (1, 1, "auto")
+
+
+def test_frames_of_a_start_are_kept_under_its_weights(run, monkeypatch):
+    """``NAME:start`` has no file of weights: a start that changes is not shown from what was kept of the one before."""
+    monkeypatch.setattr(decoded, "FOLDER", "frames-start")
+    (key, _), *_ = rows(run)
+    fill, file = weights.fill, weights.find(load(NAME, SHORT), run.name, None)
+    decoder = build(load(NAME, SHORT))
+    fill(decoder, load(NAME, SHORT), file, None)
+    own = weights.digest(decoder)
+    monkeypatch.setattr(weights, "find", lambda *_: None)
+    monkeypatch.setattr(weights, "fill", lambda decoder, experiment, *_: fill(decoder, experiment, file, None))
+    path = run / "evaluation" / evaluate.RESULT
+    kept = path.read_text()
+
+    def says(digest: str | None) -> None:
+        path.write_text(json.dumps(json.loads(kept) | {"weights": {"sha256": digest}}))
+
+    try:
+        says(own)
+        assert decoded.decode(run.name, "unseen", [key])
+        says("0" * 64)
+        with pytest.raises(ConfigError, match="starts from other weights now"):
+            decoded.decode(run.name, "unseen", [key])
+        says(None)
+        with pytest.raises(ConfigError, match="does not say which weights"):
+            decoded.decode(run.name, "unseen", [key])
+    finally:
+        path.write_text(kept)
+    assert len(list((run / "evaluation" / "frames-start").iterdir())) == 1
 
 
 def test_what_is_not_there_is_told(run):

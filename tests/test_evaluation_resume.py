@@ -219,12 +219,16 @@ def test_files_of_networks_and_films_are_known_by_size_and_time(tmp_path) -> Non
     assert stamps() != before and resumed._stamps([str(film)]) != films
 
 
-def test_another_film_under_its_name_begins_anew(tmp_path) -> None:
-    film = make_film(tmp_path / "film.mp4", num_frames=8, size=(32, 32))
-    named = ("data.sources.film.path=" + str(film), "data.val.more.sources=[film]")
+@pytest.mark.parametrize("which", ["film.mp4", "weights/net.pth"])
+def test_another_file_under_its_name_begins_anew(tmp_path, which) -> None:
+    make_film(tmp_path / "film.mp4", num_frames=8, size=(32, 32))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "net.pth").write_bytes(b"some")
+    named = (f"data.sources.film.path={tmp_path}/film.mp4", "data.val.more.sources=[film]")
+    named += (f"validation.weights.lpips={tmp_path}/weights",)
     before = same(*named)
     assert before == same(*named)
-    os.utime(film, ns=(1, 1))
+    os.utime(tmp_path / which, ns=(1, 1))
     assert before != same(*named)
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -73,10 +74,10 @@ def comparison() -> Comparison:
     ]
     return Comparison(
         title=f"compare first second {EVIL}", command="python -m experiments.report first second", date="2026-01-01T00:00:00",
-        baseline="first", sets=None, versions={"torch": "2.14.1"}, machine={}, runs=[a_run("first"), a_run("second")],
+        baseline="first", sets=None, versions={"torch": "2.14.1"}, machine={}, runs=[a_run("first"), replace(a_run("second"), start="init_from elsewhere", pretrained=True)],
         streams=[Stream("unseen", 4, 5, [24, 33], 1, "bicubic", sorted(KEYS))], columns=[column], rows=rows,
         papers=[{"run": None, "paper": "A paper", "where": "Table 1", "what": "", "values": {"psnr": 37.5}, "setting": "480p"}],
-        notes=["a note"],
+        notes=["Brackets: as the table says.", "a note"],
     )  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def test_what_does_not_fit_is_said(comparison, tmp_path):
     whole, _ = written(comparison, tmp_path, clips=4)
     assert not whole["left_out"] and len(whole["shown"]) == 4
     fewer, _ = written(comparison, tmp_path, clips=4, max_mb=0.12)
-    size = sum(path.stat().st_size for part in ("clips", "videos") for path in (tmp_path / part).iterdir())
+    size = sum(path.stat().st_size for part in ("clips", "videos") for path in tmp_path.glob(f"{part}/*"))
     assert fewer["left_out"] and len(fewer["shown"]) == 4 and size < 1.03 * 0.12 * 2**20
     none, _ = written(comparison, tmp_path, clips=4, max_mb=0.001)
     assert none["shown"] == [] and len(none["left_out"]) == 4 and "is not shown" in none["left_out"][0]
@@ -312,10 +313,43 @@ def test_the_page_in_a_browser(comparison, tmp_path, browser):
     page.locator("#perclip button", has_text="best").click()
     best = next(clip["index"] for clip in data["shown"] if clip["why"] == "best")
     page.wait_for_function("best => document.body.dataset.ready.startsWith(`${best}/`)", arg=best)
+    assert "unseen: 4 clips of 4 films" in page.locator("#tables h3").inner_text()
+    ran = page.locator("#ran tbody tr")
+    assert "init_from elsewhere (what that was trained for" in ran.nth(1).inner_text()
+    assert "from scratch" in ran.nth(0).locator("td").nth(1).inner_text()
     page.locator("#theme").click()
     assert page.evaluate("() => document.documentElement.dataset.theme") in ("dark", "light")
     assert page.evaluate("() => window.hacked") is None
     assert not trouble, trouble
+    page.close()
+
+
+def test_a_select_that_is_changed_while_a_clip_is_read_in_the_browser(comparison, tmp_path, browser):
+    """Slow disk: the clip that was pressed is shown, by the method that was chosen meanwhile, and nothing of another clip."""
+    data, path = written(comparison, tmp_path, clips=4)
+    page, trouble = watched(browser)
+    page.goto(path.as_uri())
+    page.wait_for_function("() => document.body.dataset.ready")
+    before = page.evaluate("() => document.body.dataset.ready")
+    page.evaluate("""() => { const plain = load; let open = null; const gate = new Promise((done) => { open = done; });
+      window.open_ = open; window.load = (index) => gate.then(() => plain(index)); }""")
+    page.locator("#shown button").nth(2).click()
+    page.select_option("#right", "second")
+    page.locator("#exchange").click()
+    page.select_option("#right", "second: 8 steps")
+    assert page.evaluate("() => document.body.dataset.ready") == before, (
+        "nothing was drawn for a clip that is not there"
+    )
+    page.evaluate("() => window.open_()")
+    page.wait_for_function('() => document.body.dataset.ready.startsWith("2/")')
+    assert page.evaluate("() => document.body.dataset.ready") == "2/second/second: 8 steps"
+    shown = page.evaluate("() => [...pixels(view.films[0][0]).data].filter((_, i) => i % 4 !== 3)")
+    assert shown == fake_decode("second", "unseen", KEYS)[data["shown"][2]["key"]]["decoder"][0].ravel().tolist()
+    page.evaluate("() => { window.load = () => Promise.reject(new Error('clips/3.js is not there')); }")
+    page.locator("#shown button").nth(3).click()
+    page.wait_for_function("() => document.querySelector('#scores').textContent.includes('is not there')")
+    pressed = page.locator('#shown button[aria-pressed="true"]')
+    assert pressed.count() == 1 and pressed.get_attribute("data-index") == "2" and not trouble
     page.close()
 
 

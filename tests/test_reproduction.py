@@ -2,13 +2,15 @@
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from datamodules import named
 from experiments import compose, evaluate, reproduction
-from experiments.config import load
+from experiments.config import build_decoder, build_space, check_sizes, load
 
 ROOT = Path(__file__).parent.parent
 ITEMS = [(paper, item) for paper, content in reproduction.papers().items() for item in content["items"]]
@@ -72,6 +74,35 @@ def test_a_command_names_what_there_is(command):
     assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE), "no such target"
     assert names and not set(names) - set(compose.names())
     assert not set(sets or ()) - {*named.names(), *OF_EXPERIMENTS}
+
+
+@cache
+def size_multiple(name: str) -> int:
+    """Of the experiment's decoder, built without memory."""
+    experiment = load(name)
+    with torch.device("meta"):
+        return build_decoder(experiment, build_space(experiment)).size_multiple
+
+
+ON_SETS = [command for command in COMMANDS if "sets=" in command]
+QUICK = [command for command in ON_SETS if "pad=" in command or "data.sets" in command]  # a decoder each takes its time
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in ON_SETS])
+def test_a_set_has_a_size_and_a_length_that_can_be_encoded(command):
+    """Every set by every experiment that a command measures on it; or the command says that clips are padded."""
+    _, names, overrides, sets = parsed(command)
+    for name in names:
+        experiment = load(name, overrides, sets)
+        experiment.data.train, experiment.data.val = {}, {one: experiment.data.sets[one] for one in sets}
+        check_sizes(experiment, size_multiple(name))
+
+
+def test_networks_that_metrics_need_are_named():
+    """What has no usual place must be typed, or the command ends before any work."""
+    for command in COMMANDS:
+        for words, network in (("warp_raft", "raft"), ("clip_consistency", "clip"), ("validation.categories", "clip")):
+            assert words not in command or f"validation.weights.{network}=" in command, command
 
 
 @pytest.mark.slow

@@ -2,10 +2,8 @@
 
 import http.client
 import json
-import math
 import os
 import socket
-import sqlite3
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +13,7 @@ import pytest
 
 from experiments import decoded, vote, vote_results
 from experiments.compose import ConfigError
-from experiments.vote_results import Rule, clustered, wilson
-from experiments.vote_store import DEGRADED, TRUTH, Refused, Store, Study, draw_trials
+from experiments.vote_store import Store
 from tests.chromium import launched, watched
 
 SECRET = ("zebra_decoder", "okapi_decoder")  # names that a page must not know
@@ -36,17 +33,18 @@ def fake_decode(run: str, stream: str, keys, sets=None, overrides=()):
     return found
 
 
-def study(**changed) -> Study:
-    values = {"methods": list(SECRET), "clips": [["unseen", key] for key in KEYS], "films": [["0", "1"]] * len(KEYS)}
-    return Study(**(values | changed))
-
-
 @pytest.fixture
 def config(tmp_path, monkeypatch, runs_root):
     """A vote whose runs need not be trained: their films are made up."""
     monkeypatch.setattr(decoded, "decode", fake_decode)
     monkeypatch.setattr(vote, "draw_clips", lambda config: [["unseen", key] for key in KEYS])
     return vote.VoteConfig(list(SECRET), db=str(tmp_path / "votes.db"), port=0)
+
+
+def back(store: Store, seconds: float) -> None:
+    """As if all films had been shown so much earlier."""
+    with store._writing() as db:
+        db.execute("UPDATE trial SET shown = shown - ?", (seconds,))
 
 
 @contextmanager
@@ -87,139 +85,6 @@ def get(server, path: str, host: str | None = None) -> bytes:
     return raw(server, f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
-
-
-def test_sides_and_order_are_drawn_for_everyone_and_can_be_drawn_again():
-    many = study(clips=[["unseen", str(i)] for i in range(60)], films=[["0", "1"]] * 60, trials=60)
-    first, again, other = draw_trials(many, 1), draw_trials(many, 1), draw_trials(many, 2)
-    shown = [[(t.pair, t.left, t.right) for t in trials] for trials in (first, again, other)]
-    assert shown[0] == shown[1] != shown[2], "seeded by the participant's number"
-    left = [t.left for t in first if t.kind == "pair"]
-    assert 15 < sum(left) < 45, "either method on either side"
-    assert {t.left_film for t in first}.isdisjoint({t.left_film for t in again}), (
-        "addresses are not drawn from the seed"
-    )
-    assert len({t.pair for t in first}) == len(first)
-
-
-def test_checks_are_among_the_pairs():
-    trials = draw_trials(study(trials=3), 5)
-    kinds = [t.kind for t in trials]
-    assert sorted(kinds) == ["degraded", "identical", "pair", "pair", "pair"]
-    identical, spoilt = (next(t for t in trials if t.kind == kind) for kind in ("identical", "degraded"))
-    assert identical.left == identical.right >= 0 and {spoilt.left, spoilt.right} == {TRUTH, DEGRADED}
-
-
-def test_one_vote_for_a_pair_and_only_by_whom_it_was_asked(tmp_path):
-    store = Store(tmp_path / "votes.db")
-    store.begin_study(study())
-    token, other = store.begin("Ada"), store.begin("")
-    trial, done, total = store.next_trial(token)
-    assert (done, total) == (0, 5)
-    with pytest.raises(Refused, match="no such trial"):
-        store.vote(other, trial.id, "left")
-    with pytest.raises(Refused, match="must be one of"):
-        store.vote(token, trial.id, "both")
-    later = draw_trials(study(), 1)[1]
-    with pytest.raises(Refused, match="no such trial"):  # its id was drawn anew and never told
-        store.vote(token, later.id, "left")
-    store.vote(token, trial.id, "left")
-    with pytest.raises(Refused, match="answered already") as refused:
-        store.vote(token, trial.id, "right")
-    assert refused.value.status == 409
-    assert [(v["choice"], v["participant"]) for v in store.votes()] == [("left", 1)]
-    assert store.next_trial(token)[0].id != trial.id
-
-
-def test_a_vote_survives_a_restart_and_refuses_another_study(tmp_path):
-    path = tmp_path / "votes.db"
-    store = Store(path)
-    store.begin_study(study())
-    token = store.begin("")
-    first = store.next_trial(token)[0]
-    store.vote(token, first.id, "none")
-    second = store.next_trial(token)[0]
-    again = Store(path)  # the first was never closed: a server that was killed
-    again.begin_study(study())
-    assert again.next_trial(token)[0] == second and len(again.votes()) == 1
-    assert again.film(second.left_film) == (second.clip, second.left)
-    assert sqlite3.connect(path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    with pytest.raises(ValueError, match=r"another study \(different: seed\)"):
-        again.begin_study(study(seed=1))
-
-
-def test_a_file_that_is_no_database_is_refused(tmp_path):
-    path = tmp_path / "votes.db"
-    path.write_bytes(b"not a database at all, but long enough to be looked at" * 40)
-    with pytest.raises(ValueError, match="no file of votes"):
-        Store(path)
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-def test_wilson_interval_has_known_answers():
-    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)  # Newcombe 1998, and any table
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-    assert all(map(math.isnan, wilson(0, 0)))
-
-
-def test_clustered_interval_widens_with_the_clusters():
-    """Ten people of one mind each say less than a hundred answers would."""
-    minds = np.repeat([[8.0], [0.0]], 5, axis=0) * np.ones((1, 4)) / 8 * 10
-    agreed = clustered(minds, np.full((10, 4), 10.0))
-    mixed = clustered(np.full((10, 4), 5.0), np.full((10, 4), 10.0))
-    low, high = wilson(200, 400)
-    assert mixed == (0.5, 0.5) and agreed[1] - agreed[0] > 2 * (high - low)
-    assert all(map(math.isnan, clustered(np.ones((1, 4)), np.ones((1, 4)))))
-
-
-def answers(kind: str, choice: str, left: int, right: int, number: int = 1, seconds: float = 3.0) -> list[dict]:
-    return [{"kind": kind, "choice": choice, "left": left, "right": right, "clip": 0, "seconds": seconds}] * number
-
-
-@pytest.mark.parametrize(
-    ("votes", "reason"),
-    [
-        ([], None),
-        (answers("pair", "right", 0, 1, 3), None),
-        (answers("identical", "left", 0, 0), "identical pairs"),
-        (answers("pair", "left", 0, 1, 2, seconds=0.1), "median answer in 100 ms"),
-        (answers("pair", "left", 0, 1, 9), "chose left all 10 times"),
-        (answers("degraded", "none", TRUTH, DEGRADED), "in 1 of 2 checks"),
-        (answers("degraded", "right", TRUTH, DEGRADED), "in 1 of 2 checks"),
-    ],
-)
-def test_exclusion_rule(votes, reason):
-    checked = answers("degraded", "left", TRUTH, DEGRADED)
-    found = Rule().reasons(checked + votes)
-    assert (not found) if reason is None else (len(found) == 1 and reason in found[0])
-    assert Rule().reasons(answers("pair", "left", 0, 1)) == ["answered no check"]
-
-
-def test_results_count_whom_the_rule_leaves(tmp_path):
-    """Four people: three prefer the first method, one clicks through and is left out."""
-    store = Store(tmp_path / "votes.db")
-    store.begin_study(study())
-    for person in range(4):
-        token = store.begin(f"person {person}")
-        while (trial := store.next_trial(token)[0]) is not None:
-            better = {0: 0, TRUTH: 0}
-            honest = "none" if trial.left == trial.right else "left" if trial.left in better else "right"
-            store.vote(token, trial.id, honest if person < 3 else "left")
-    with store._writing() as db:
-        db.execute("UPDATE vote SET seconds = 4")
-    found = vote_results.results(store, Rule())
-    assert [one["participant"] for one in found["excluded"]] == [4] and found["participants"] == 3
-    (pair,) = found["pairs"]
-    assert (pair["first_preferred"], pair["second_preferred"], pair["share"]) == (9, 0, 1.0)
-    assert pair["wilson"] == wilson(9, 9) and pair["clustered"] == (1.0, 1.0)
-    said = vote_results.text(found)
-    assert "100.0%" in said and "excluded: participant 4 (person 3): " in said and "identical" in said
-
-
 # --- the server -------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +111,7 @@ def test_nothing_that_is_sent_names_a_method(config):
     with served(config) as server:
         token = ask(server, "/api/begin", {"name": "Ada"})[1]["participant"]
         trial = ask(server, "/api/next", {"participant": token})[1]
-        assert trial.keys() == {"trial", "left", "right", "done", "total", "fps"}
+        assert trial.keys() == {"trial", "left", "right", "done", "total", "fps", "seconds"}
         sent = b"".join(get(server, path) for path in ("/", "/vote.js", "/view.js", "/page.css"))
         films = [get(server, f"/film/{trial[side]}") for side in ("left", "right")]
         sent += json.dumps(trial).encode() + b"".join(films)
@@ -273,7 +138,8 @@ def test_nothing_that_is_sent_names_a_method(config):
         "/vote.py",
         "/film/" + "A" * 22 + "%00",
         "http://elsewhere/vote.js",
-        "/?x=../votes.db",
+        "/vote.py?x=/vote.js",
+        "/film/?../votes.db",
     ],
 )
 def test_no_path_leads_out_of_the_folder(config, path):
@@ -282,17 +148,43 @@ def test_no_path_leads_out_of_the_folder(config, path):
         assert answer.startswith(b"HTTP/1.1 404") and b"SQLite" not in answer and b"root:" not in answer
 
 
+def test_what_is_behind_a_question_mark_changes_nothing(config):
+    with served(config) as server:
+        for path in ("/", "/vote.js"):
+            plain, more = get(server, path), get(server, f"{path}?utm=1&x=../votes.db")
+            assert (
+                more.startswith(b"HTTP/1.1 200") and more.partition(b"\r\n\r\n")[2] == plain.partition(b"\r\n\r\n")[2]
+            )
+
+
+def test_the_server_takes_an_answer_when_films_were_fetched_and_are_over(config):
+    config.fps = 20.0
+    with served(config) as server:
+        who = {"participant": ask(server, "/api/begin", {})[1]["participant"]}
+        trial = ask(server, "/api/next", who)[1]
+        answer = who | {"trial": trial["trial"], "choice": "left"}
+        assert trial["seconds"] == 0.2
+        assert ask(server, "/api/vote", answer)[0] == 425
+        assert ask(server, "/api/shown", answer)[0] == 409
+        for side in ("left", "right"):
+            get(server, f"/film/{trial[side]}")
+        assert ask(server, "/api/shown", answer)[0] == 200
+        assert ask(server, "/api/vote", answer)[0] == 425
+        back(server.store, 0.2)
+        assert ask(server, "/api/vote", answer)[0] == 200
+
+
 def test_a_link_out_of_the_folder_is_not_followed(config, tmp_path):
     secret = tmp_path / "secret"
     secret.write_bytes(b"not to be told")
     with served(config) as server:
         token = ask(server, "/api/begin", {})[1]["participant"]
         trial = ask(server, "/api/next", {"participant": token})[1]
+        assert get(server, f"/film/{trial['left']}").startswith(b"HTTP/1.1 200")
         place = server.folder / vote.pack_name(*server.store.film(trial["left"]))
         place.unlink()
         os.symlink(secret, place)
         assert get(server, f"/film/{trial['left']}").startswith(b"HTTP/1.1 404")
-        assert get(server, f"/film/{trial['right']}").startswith(b"HTTP/1.1 200")
 
 
 def test_requests_are_bounded_and_must_be_of_this_page(config):
@@ -307,6 +199,8 @@ def test_requests_are_bounded_and_must_be_of_this_page(config):
         assert ask(server, "/api/begin", {}, Host=f"elsewhere.example:{port}")[0] == 403
         assert ask(server, "/api/begin", {}, **{"Content-Type": "text/plain"})[0] == 415
         assert ask(server, "/api/next", {"participant": "nobody"})[0] == 403
+        for path in ("next", "shown", "vote"):
+            assert ask(server, f"/api/{path}", b'{"participant": "\\ud800", "trial": "\\udfff"}')[0] == 400
         assert get(server, "/", host="elsewhere.example").startswith(b"HTTP/1.1 403")
         head = f"POST /api/begin HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
         assert raw(server, f"{head}\r\n".encode()).startswith(b"HTTP/1.1 411")
@@ -330,10 +224,55 @@ def test_options_and_their_errors(runs_root):
     assert (found.runs, found.sets, found.port, found.host) == (["a", "b"], ["x", "y"], 8001, "127.0.0.1")
     with pytest.raises(ConfigError, match="which two runs"):
         vote.options(["a"], vote.VoteConfig)
+    with pytest.raises(ConfigError, match="a is named twice"):
+        vote.options(["a a"], vote.VoteConfig)
+    with pytest.raises(ConfigError, match="spoilt and identical between 0 and 1"):
+        vote.options(["a b", "spoilt=1"], vote.VoteConfig)
+    files = [vote.VoteConfig(["a", "b"], sets).file() for sets in (None, ["x"], ["y"])]
+    files += [vote.VoteConfig(["a" * 200, name]).file() for name in "bc"]
+    assert len(set(files)) == 5 and all(len(file.name) < 200 for file in files)
     with pytest.raises(ConfigError, match="no file of votes"):
         vote.main(["results=true", f"db={runs_root / 'none.db'}"])
     with pytest.raises(ConfigError, match="magvit2_debug"):
         vote.main(["magvit2_debug", "baseline_debug"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"), [({"host": "no.such.host.invalid"}, "host=no"), ({"host": "::1"}, "host=::1")]
+)
+def test_a_host_that_is_none_is_told_as_such(config, monkeypatch, changed, said):
+    for key, value in changed.items():
+        setattr(config, key, value)
+    monkeypatch.setattr(vote, "options", lambda *_: config)
+    with pytest.raises(ConfigError, match=f"{said}.*this machine alone"):
+        vote.main([])
+
+
+def test_a_port_that_is_taken_is_told(config, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        config.port = other.getsockname()[1]
+        monkeypatch.setattr(vote, "options", lambda *_: config)
+        with pytest.raises(ConfigError, match="give another port="):
+            vote.main([])
+
+
+def test_equal_films_are_not_voted_on(config, monkeypatch):
+    monkeypatch.setattr(decoded, "decode", lambda run, *more: fake_decode(SECRET[0], *more))
+    with pytest.raises(ConfigError, match="have the same films of all clips"):
+        vote.prepare(config)
+
+
+def test_the_rule_is_kept_with_the_vote(config):
+    config.same_side = 5
+    store, _ = vote.prepare(config)
+    assert store.study().rule["same_side"] == 5 and store.study().lengths == [4] * len(KEYS)
+    found = vote_results.results(store)
+    assert "same side 5 times" in found["rule"] and not found["changed"]
+    tried = vote_results.text(vote_results.results(store, {"same_side": 9}))
+    assert "another than the one that the vote began with" in tried and "same side 9 times" in tried
+    config.same_side = None
+    with pytest.raises(ValueError, match="different: rule"):
+        vote.prepare(config)
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
@@ -345,18 +284,33 @@ def browser():
         yield found
 
 
+def open_vote(server, browser, name: str):
+    page, trouble = watched(browser)
+    page.goto(f"http://127.0.0.1:{server.server_address[1]}/?utm=1")
+    begin(page, name)
+    return page, trouble
+
+
+def begin(page, name: str) -> None:
+    page.fill("#name", name)
+    page.click("text=Begin")
+
+
+def can_answer(page, seen: list[str]) -> None:
+    """Wait until a pair may be answered that was not before, and remember it."""
+    page.wait_for_function(
+        "seen => document.body.dataset.trial && !seen.includes(document.body.dataset.trial)", arg=seen
+    )
+    seen.append(page.evaluate("document.body.dataset.trial"))
+
+
 def test_a_vote_in_a_browser_is_kept(config, browser):
+    config.fps = 20.0
     with served(config) as server:
-        page, trouble = watched(browser)
-        page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
-        page.fill("#name", "Ada")
-        page.click("text=Begin")
+        page, trouble = open_vote(server, browser, "Ada")
         seen = []
         for number in range(5):
-            page.wait_for_function(
-                "seen => document.body.dataset.trial && !seen.includes(document.body.dataset.trial)", arg=seen
-            )
-            seen.append(page.evaluate("document.body.dataset.trial"))
+            can_answer(page, seen)
             if number == 0:
                 assert page.locator(".name.left").inner_text() == "left"
                 before = page.locator(".divider").get_attribute("aria-valuenow")
@@ -365,16 +319,61 @@ def test_a_vote_in_a_browser_is_kept(config, browser):
                 assert (before, page.locator(".divider").get_attribute("aria-valuenow")) == ("50", "40")
             if number == 2:  # going away and coming back goes on where one was
                 page.reload()
-                page.wait_for_function("() => document.body.dataset.trial")
-                assert page.evaluate("document.body.dataset.trial") == seen[-1]
+                seen.pop()
+                can_answer(page, seen)
             page.keyboard.press("gfh"[number % 3]) if number % 2 else page.click(
                 ("#choose-left", "#choose-right")[number % 4 // 2]
             )
         page.wait_for_selector("#thanks:not([hidden])")
         text = page.content() + json.dumps(page.evaluate("({...localStorage})"))
+        page.click("#another")  # somebody else at the same screen
+        begin(page, "Bob")
+        can_answer(page, seen)
+        page.click("#choose-left")
+        can_answer(page, seen)
+        page.once("dialog", lambda dialog: dialog.accept())
+        page.click("#another")  # and another one, half-way
+        assert page.evaluate("Object.keys(localStorage).length") == 0 and page.input_value("#name") == ""
+        begin(page, "Cid")
+        can_answer(page, seen)
+        page.click("#choose-none")
+        can_answer(page, seen)
         page.close()
     assert not trouble, trouble
     assert not any(word in text for word in SECRET)
-    votes = Store(Path(config.db)).votes()
-    assert [v["choice"] for v in votes] == ["left", "left", "right", "none", "left"]
-    assert len({(v["clip"], v["kind"]) for v in votes}) == 5
+    votes, people = Store(Path(config.db)).votes(), Store(Path(config.db)).participants()
+    assert [v["choice"] for v in votes] == ["left", "left", "right", "none", "left", "left", "none"]
+    assert [v["participant"] for v in votes] == [1, 1, 1, 1, 1, 2, 3]
+    assert [p["name"] for p in people] == ["Ada", "Bob", "Cid"]
+    assert len({(v["clip"], v["kind"]) for v in votes[:5]}) == 5
+
+
+def test_a_key_that_is_held_answers_no_pair_that_nobody_saw(config, browser):
+    config.fps = 5.0  # 0.8 s a film
+    with served(config) as server:
+        page, trouble = open_vote(server, browser, "Ada")
+        page.wait_for_function("() => document.body.dataset.shown")
+        page.keyboard.press("f")  # before the films were played
+        assert page.locator("#choose-left").is_disabled() and not server.store.votes()
+        seen = []
+        can_answer(page, seen)
+        page.keyboard.down("f")
+        can_answer(page, seen)
+        for _ in range(30):  # held: the browser repeats it
+            page.keyboard.down("f")
+        page.keyboard.up("f")
+        page.wait_for_timeout(100)
+        assert len(server.store.votes()) == 1
+        page.keyboard.press("f")
+        can_answer(page, seen)
+        votes = server.store.votes()
+        assert len(votes) == 2 and all(v["seconds"] >= 0.75 for v in votes), "nobody answers sooner than a film takes"
+        page.keyboard.press("h")
+        page.wait_for_function("seen => document.body.dataset.shown !== seen", arg=seen[-1])
+        page.evaluate(
+            "() => { if (view.playing) view.toggle(); }"
+        )  # stopped: however long one waits, it is not through
+        page.wait_for_timeout(1000)
+        assert page.locator("#choose-left").is_disabled()
+        page.close()
+    assert not trouble, trouble

@@ -7,7 +7,9 @@ const when = (date) => String(date).replace("T", " ").replace("+00:00", " UTC");
 const at = (id) => document.getElementById(id);
 const films = new Map();  // clip's number -> what its script held
 const waiting = new Map();
-let now = null;  // the clip that is shown
+const loading = new Map();  // clip's number -> the promise of what its script holds
+let now = null;  // the clip that is shown: its script was read
+let coming = null;  // the clip that is being read
 let turn = 0;  // loading that was overtaken by another choice is dropped
 let view = null;
 
@@ -18,11 +20,11 @@ window.arrived = (index, content) => {
 };
 
 function load(index) {
-  if (films.has(index)) return Promise.resolve(films.get(index));
-  return new Promise((resolve, reject) => {
+  if (!loading.has(index)) loading.set(index, new Promise((resolve, reject) => {
     waiting.set(index, () => resolve(films.get(index)));
-    document.head.append(make("script", { src: `clips/${index}.js`, onerror: () => reject(new Error(`clips/${index}.js is not there`)) }));
-  });
+    document.head.append(make("script", { src: `clips/${index}.js`, onerror: () => { loading.delete(index); reject(new Error(`clips/${index}.js is not there`)); } }));
+  }));
+  return loading.get(index);
 }
 
 function bytes(text) {
@@ -37,11 +39,21 @@ async function pictures(content, method) {
 }
 
 async function choose(clip, scroll = false) {
-  now = clip;
   const mine = ++turn;
-  document.querySelectorAll("#shown button").forEach((button) => button.setAttribute("aria-pressed", String(Number(button.dataset.index) === clip.index)));
-  const content = await load(clip.index);
+  coming = clip;
+  press(clip);
+  let content = null;
+  try {
+    content = await load(clip.index);
+  } catch (error) {
+    if (mine !== turn) return;
+    coming = null;
+    press(now);
+    at("scores").textContent = error.message;
+    return;
+  }
   if (mine !== turn) return;
+  [now, coming] = [clip, null];
   decoded.clear();
   for (const [side, other] of [["left", 0], ["right", 1]]) {
     const kept = at(side).value;
@@ -58,7 +70,12 @@ async function choose(clip, scroll = false) {
   if (scroll) at("films").scrollIntoView({ behavior: "smooth" });
 }
 
+function press(clip) {
+  document.querySelectorAll("#shown button").forEach((button) => button.setAttribute("aria-pressed", String(Number(button.dataset.index) === clip?.index)));
+}
+
 async function pair() {
+  if (coming || !now) return;  // choose() takes what is selected when the clip is there
   const mine = ++turn;
   const content = films.get(now.index);
   const [left, right] = [at("left").value, at("right").value];
@@ -90,10 +107,11 @@ function buildTables() {
   const every = make("input", { type: "checkbox", checked: others <= 4, onchange: () => { results(); list(); } });
   if (others) at("every").append(make("label", {}, every, ` all methods that the runs were evaluated with (${others} more rows)`));
   const results = () => at("tables").replaceChildren(...REPORT.streams.flatMap((stream) => {
-    const stride = stream.stride === 1 ? "" : `, every ${stream.stride}. frame`;
-    return [make("h3", {}, `${stream.name}: ${stream.clips} clips, ${stream.frames} frames of ${stream.size[0]}×${stream.size[1]}${stride}`), resultTable(REPORT, stream, every.checked)];
+    const stride = stream.stride === 1 ? "" : stream.stride === null ? ", not evenly spaced" : `, every ${stream.stride}. frame`;
+    return [make("h3", {}, `${stream.name}: ${clipsOf(stream)}, ${stream.frames} frames of ${stream.size[0]}×${stream.size[1]}${stride}`), resultTable(REPORT, stream, every.checked)];
   }));
-  at("notes").append(make("p", { class: "faint" }, `Below a mean: its 95 % bootstrap interval over clips, and its difference Δ from the baseline, ${REPORT.baseline}, on the same clips. Where nothing was measured nothing stands.`));
+  const brackets = REPORT.notes.find((note) => note.startsWith("Brackets: ")) || "95 % interval of the mean over clips.";
+  at("notes").append(make("p", { class: "faint" }, `Below a mean: its ${brackets.replace("Brackets: ", "")} And its difference Δ from the baseline, ${REPORT.baseline}, on the same clips. Where nothing was measured nothing stands.`));
   at("notes").append(...REPORT.notes.filter((note) => !note.startsWith("Brackets:")).map((note) => make("p", { class: "faint" }, note)));
   const columns = REPORT.columns.filter((column) => column.per_clip);
   const picked = make("select", { "aria-label": "clips and metric", onchange: () => list() }, ...columns.map((column) => make("option", { value: column.id }, `${column.stream}: ${column.label}`)));
@@ -114,8 +132,8 @@ function buildRest() {
   const protocols = REPORT.columns.map((column) => make("details", {}, make("summary", {}, `${column.stream}: ${column.label}`), plain(["of the protocol", "is"], Object.entries(column.protocol).map(([key, value]) => [key, typeof value === "string" ? value : JSON.stringify(value)]))));
   const made = REPORT.rows.filter((row) => row.kind !== "floor").map((row) => [row.label, Object.entries(row.made).map(([key, value]) => `${key}: ${typeof value === "string" ? value : JSON.stringify(value)}`).join("; ")]);
   at("protocols").append(make("p", { class: "faint" }, "What decides each column's numbers; equal for all rows of the column."), ...protocols, make("h3", {}, "How the pixels were made"), plain(["decoder", "with"], made));
-  at("ran").append(plain(["run", "what it is", "weights", "trained", "parameters", "evaluated"], REPORT.runs.map((run) => [
-    run.name, [run.header, run.start].filter(Boolean).join("; "), `${run.weights.kind}, step ${run.weights.step}`,
+  at("ran").append(plain(["run", "what it is", "started from", "weights", "trained", "parameters", "evaluated"], REPORT.runs.map((run) => [
+    run.name, run.header, run.start + (run.pretrained ? " (what that was trained for is in no cost here)" : ""), `${run.weights.kind}, step ${run.weights.step}`,
     run.total_minutes === null ? "not measured" : `${number(run.total_minutes, 1)} min on ${run.device_kind || "?"}, ${run.total_steps ?? "?"} steps, ${run.total_clips_seen ?? "?"} clips`,
     `${number(run.parameters / 1e6, 3)} M`, when(run.evaluated)])));
   const versions = Object.entries(REPORT.versions).map(([name, version]) => `${name} ${version}`).join(", ");

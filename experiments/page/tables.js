@@ -2,6 +2,8 @@
 /* Tables of a comparison. Every number is taken from the data as it is; nothing is computed here but the order of rows. */
 
 const number = (value, digits) => (value === null || value === undefined ? "" : value.toFixed(digits));
+const counted = (value, what) => `${value} ${what}${value === 1 ? "" : "s"}`;
+const clipsOf = (stream) => counted(stream.clips, "clip") + (stream.films === null || stream.films === undefined ? "" : ` of ${counted(stream.films, "film")}`);
 const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
 
 /* columns: {head, title, text, cell(row) -> nodes, order(row) -> number | string | null, first: the better way round}. */

@@ -31,7 +31,8 @@ const KEYS = [
 ];
 
 class PairView {
-  /* root: an empty element. options: height (CSS pixels), exchange (called when left and right are to be exchanged). */
+  /* root: an empty element. options: height (CSS pixels), exchange (called when left and right are to be exchanged), through (called
+     once after show() when so many frames were gone on to as the films have). */
   constructor(root, options = {}) {
     this.films = [[], []];
     this.size = [1, 1];
@@ -44,6 +45,8 @@ class PairView {
     this.center = [0.5, 0.5];  // of the film, in its pixels
     this.playing = false;
     this.exchange = options.exchange || null;
+    this.through = options.through || null;
+    this.gone = 0;  // frames that were gone on by since show(); NaN once that was told
     this.build(root, options);
   }
 
@@ -169,6 +172,16 @@ class PairView {
     this.fps = fps;
     this.seek.max = String(Math.max(0, this.length - 1));
     this.go(Math.min(this.frame, Math.max(0, this.length - 1)));
+    this.gone = 0;
+    this.advance(0);
+  }
+
+  /* Films are through when all frames after the first were gone on to. */
+  advance(by) {
+    this.gone += by;
+    if (!this.through || !(this.gone >= this.length - 1)) return;
+    this.gone = NaN;
+    this.through();
   }
 
   toggle() {
@@ -180,11 +193,13 @@ class PairView {
     let due = 0;
     const tick = (now) => {
       if (!this.playing || !this.root.isConnected) return;
-      due += ((now - before) / 1000) * this.fps * Number(this.speed.value);
+      due += Math.min(0.25, (now - before) / 1000) * this.fps * Number(this.speed.value);  // a page in the background stands still
       before = now;
       if (due >= 1 && this.length) {
-        this.go((this.frame + Math.floor(due)) % this.length);
-        due %= 1;
+        const by = Math.floor(due);
+        this.go((this.frame + by) % this.length);
+        this.advance(by);
+        due -= by;
       }
       requestAnimationFrame(tick);
     };
@@ -193,7 +208,9 @@ class PairView {
 
   step(by) {
     if (this.playing) this.toggle();
-    if (this.length) this.go((this.frame + by + this.length) % this.length);
+    if (!this.length) return;
+    this.go((this.frame + by + this.length) % this.length);
+    this.advance(Math.max(0, by));
   }
 
   go(frame) {

@@ -8,7 +8,7 @@ INTERVALS = (
     f"Brackets: 95 % interval of the mean over clips (bootstrap, below {ENOUGH} clips Student's), as if clips were independent: "
     "those of one film are not."
 )
-OF_TRUTH = "{}: neither less nor more is better, nearer the truth's is; nothing is marked there."
+OF_TRUTH = "{}: neither less nor more is better, nearer the truth's is; no run is best there."
 COMPRESSION = (
     "Compression: numbers of video for one of the latent, in the limit of a long video with its first frames counted; REGEN's "
     "paper leaves the first frame out (T - 1 frames)."

@@ -203,9 +203,10 @@ class Comparison:
         return cls(**{**parts, **lists, "rows": rows})
 
 
-def films(keys: Iterable[str]) -> int:
-    """How many films clips are of, by their keys: ``film#beginning``."""
-    return len({key.partition("#")[0] for key in keys})
+def films(keys: Iterable[str]) -> int | None:
+    """How many films clips are of, where their keys tell: ``film#beginning``."""
+    parts = [key.partition("#") for key in keys]
+    return len({film for film, _, _ in parts}) if all(mark for _, mark, _ in parts) else None
 
 
 def clips_of_films(clips: int, films: int | None) -> str:

@@ -197,7 +197,7 @@ def _ranked(stream: str, column: Column, scores: Mapping[str, float], number: in
     last = len(worst_first) - 1
     count = min(number, len(worst_first))
     ranks = {round(i * last / max(1, count - 1)): None for i in range(count)} if count > 1 else {last // 2: None}
-    clips = [Chosen(stream, worst_first[rank], _rank_name(rank, last)) for rank in ranks]
+    clips = [Chosen(stream, worst_first[rank], _rank_name(rank, last) if count > 1 else "median") for rank in ranks]
     middle = [clip for clip in clips if clip.why == "median"]
     ends = [clip for clip in clips if clip.why in ("worst", "best")]
     return [*ends[:1], *middle, *ends[1:], *(clip for clip in clips if clip not in middle + ends)]

@@ -42,9 +42,9 @@ class Rule:
 
     def __str__(self) -> str:
         return (
-            f"excluded is who fails checks as often as somebody honest does in fewer than {IMPROBABLE:.0%} of cases, if that one "
-            f"errs about a spoilt copy in {self.spoilt:.0%} and prefers a side of identical films in {self.identical:.0%} of them; "
-            f"whose median answer takes less than {self.min_ms:g} ms; who chooses the same side {self.same_side} times or more and "
+            f"excluded are participants who fail so many checks that somebody honest would in fewer than {IMPROBABLE:.0%} of cases, "
+            f"erring about a spoilt copy in {self.spoilt:.0%} and preferring a side of identical films in {self.identical:.0%}; "
+            f"whose median answer takes less than {self.min_ms:g} ms; who choose the same side {self.same_side} times or more and "
             "never the other"
         )
 

@@ -11,7 +11,7 @@
     speed      false: decoders are not timed
     methods    which there are besides the runs: all (default: teachers, numbers of steps, latent extension, controls), some, none
 
-What has a dot in its key is an override of every run's evaluation, as for `make compare`.
+What has a dot in its key, and pad, is an override of every run's evaluation, as for `make compare`.
 
 The folder opens from a disk, ``index.html`` first, without a server and without a network. All numbers are those of ``make
 compare``. Frames are lossless: what is drawn is what was scored, rounded to bytes. The videos beside them are H.264.
@@ -92,12 +92,17 @@ class Chosen:
     why: str
 
 
+def is_override(key: str) -> bool:
+    """Whether an option is one of the experiments', and none of the command's own."""
+    return "." in key or key == "pad"
+
+
 def options(arguments: Sequence[str], schema: type) -> Any:
     """Runs' names and ``key=value`` as checked options of a command. Raises ConfigError."""
     runs = [name for text in arguments if "=" not in text or "+" in text.partition("=")[0] for name in text.split()]
     typed = [text.partition("=") for text in arguments if "=" in text and "+" not in text.partition("=")[0]]
-    values: dict[str, Any] = {key: value for key, _, value in typed if "." not in key}
-    values["overrides"] = [f"{key}={value}" for key, _, value in typed if "." in key]
+    values: dict[str, Any] = {key: value for key, _, value in typed if not is_override(key)}
+    values["overrides"] = [f"{key}={value}" for key, _, value in typed if is_override(key)]
     for key in ("sets",):
         if key in values:
             values[key] = [part.strip() for part in values[key].strip("[]").split(",") if part.strip()]

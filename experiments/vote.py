@@ -39,11 +39,10 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from experiments import decoded, vote_results
-from experiments.compare import _folder as folder_name
 from experiments.compose import ConfigError, run_cli
 from experiments.decoded import Frames
 from experiments.report import PAGE, options, picture
-from experiments.report_folder import sets_named
+from experiments.report_folder import folder_name, sets_named
 from experiments.runs import runs_root
 from experiments.vote_store import DEGRADED, TRUTH, Refused, Store, Study
 

@@ -208,17 +208,6 @@ def test_the_folder_needs_nothing_from_elsewhere(comparison, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} >= {"index.html", "data.js", *report.SHARED}
 
 
-def test_options():
-    found = report.options(
-        ["a+b=1 c:best", "sets=[x]", "out=/tmp/a+b", "max_mb=5", "data.val.x.size=[8,8]"], ReportConfig
-    )
-    assert found.overrides == ["data.val.x.size=[8,8]"]
-    assert (found.runs, found.sets, found.out, found.max_mb) == (["a+b=1", "c:best"], ["x"], "/tmp/a+b", 5.0)
-    for wrong, said in (([], "which runs"), (["a", "frames=1"], "frames 2 or more"), (["a", "clip=3"], "clip")):
-        with pytest.raises(ConfigError, match=said):
-            report.options(wrong, ReportConfig)
-
-
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 

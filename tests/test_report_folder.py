@@ -95,3 +95,15 @@ def test_no_two_reports_share_a_folder(runs_root):
     for one, other in asked:
         assert default(*one) != default(*other)
         assert default(*one).parent == runs_root / "comparisons" and len(default(*one).name) < 200
+
+
+def test_options():
+    found = report.options(
+        ["a+b=1 c:best", "sets=[x]", "out=/tmp/a+b", "max_mb=5", "data.val.x.size=[8,8]", "pad=replicate"],
+        report.ReportConfig,
+    )
+    assert found.overrides == ["data.val.x.size=[8,8]", "pad=replicate"]
+    assert (found.runs, found.sets, found.out, found.max_mb) == (["a+b=1", "c:best"], ["x"], "/tmp/a+b", 5.0)
+    for wrong, said in (([], "which runs"), (["a", "frames=1"], "frames 2 or more"), (["a", "clip=3"], "clip")):
+        with pytest.raises(ConfigError, match=said):
+            report.options(wrong, report.ReportConfig)

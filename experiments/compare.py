@@ -13,7 +13,7 @@ data.val.clips.size=[256,256] objective.steps=4 pad=replicate.
 
 Runs are folders under RUNS_ROOT; NAME:best is a run with those weights, NAME:start what an experiment starts from (released weights),
 which needs no run. One that is trained and not evaluated is evaluated first. Quality is read from the runs'
-evaluations; intervals and paired differences are bootstrapped over their clips. What was measured differently is not put in
+evaluations; intervals and paired differences are over their clips. What was measured differently is not put in
 one column. Writes table.txt, .md, .tex and .csv, comparison.json, and plots as PNG and SVG, in place of those of before.
 """
 
@@ -216,10 +216,20 @@ def write(comparison: Comparison, folder: Path, command: str | None = None) -> l
                 path.unlink()
     comparison.command = command or comparison.command
     texts = {f"table.{kind}": compare_table.render(comparison, kind) for kind in compare_table.KINDS}
-    texts[JSON] = json.dumps(comparison.to_dict(), indent=1, allow_nan=False) + "\n"
+    texts[JSON] = json.dumps(_portable(comparison.to_dict()), indent=1, allow_nan=False) + "\n"
     for name, text in texts.items():
         write_atomically(folder / name, lambda path, text=text: path.write_text(text))
     return [*(folder / name for name in texts), *compare_plots.draw(comparison, folder)]
+
+
+def _portable(values: dict[str, Any]) -> dict[str, Any]:
+    """Runs' folders as they lie under RUNS_ROOT: a file that is shown to others names no place on this machine."""
+    root = runs_root()
+    for run in values["runs"]:
+        for key in ("run_folder", "folder"):
+            if Path(run[key]).is_relative_to(root):
+                run[key] = str(Path(run[key]).relative_to(root))
+    return values
 
 
 def beside(names: Sequence[str]) -> str:

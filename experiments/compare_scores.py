@@ -18,7 +18,7 @@ from experiments.comparison import FLOOR, METHOD, RUN, SPACE, UNITS, Column, Com
 from experiments.compose import ConfigError
 from experiments.runs import runs_root
 from metrics import higher_is_better, truth_has_value
-from metrics.intervals import bootstrap, paired
+from metrics.intervals import interval_of_mean, paired
 from metrics.protocol import Protocol, require_same
 
 TEACHER = "teacher"
@@ -252,7 +252,7 @@ def _made(evaluation: Evaluation, method: str) -> dict[str, Any]:
 
 
 def _score(clips: Mapping[str, float]) -> Score:
-    mean, low, high = bootstrap(list(clips.values()))
+    mean, low, high = interval_of_mean(list(clips.values()))
     bounds = (None if math.isnan(bound) else bound for bound in (low, high))
     return Score(mean, *bounds, clips=len(clips), films=films(clips))
 

@@ -92,7 +92,7 @@ class Column:
 
 @dataclass
 class Score:
-    """A mean over clips with its 95 % bootstrap interval; ``delta`` is this row minus the column's ``against`` on the same clips."""
+    """A mean over clips with its 95 % interval; ``delta`` is this row minus the column's ``against`` on the same clips."""
 
     mean: float | None  # None: a prediction is not finite, so there is no mean, interval, difference or mark
     low: float | None

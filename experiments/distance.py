@@ -9,7 +9,7 @@ from typing import Any
 
 from decoders.base import DECODER, PER_FRAME, Row
 from experiments.measured import markdown
-from metrics.intervals import Interval, bootstrap
+from metrics.intervals import Interval, interval_of_mean
 
 METRIC = "psnr"
 MEMBER = "in_reference"
@@ -68,7 +68,7 @@ def _interval(values: Sequence[float | None]) -> dict[str, float | None]:
     """Numbers that JSON has: it knows no NaN. All None where a value is."""
     if None in values:
         return dict.fromkeys(Interval._fields)
-    interval = bootstrap(values)
+    interval = interval_of_mean(values)
     return {name: value if value == value else None for name, value in interval._asdict().items()}
 
 
@@ -76,7 +76,7 @@ def text(entries: Sequence[dict[str, Any]]) -> str:
     """The entries as Markdown: for every stream a table of scores and one of differences; a distance a row."""
     parts = [
         "PSNR in dB by distance in frames from the nearest reference (0: the references themselves), mean over clips with its "
-        "95 % bootstrap interval."
+        "95 % interval."
     ]
     for stream in dict.fromkeys(entry["stream"] for entry in entries):
         for paired in (False, True):

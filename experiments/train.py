@@ -192,6 +192,9 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings(
+        "ignore", message=".*Total length of .* across ranks is zero.*"
+    )  # streams of which no clip is wanted
 
 
 class DataPosition(Callback):

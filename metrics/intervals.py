@@ -47,7 +47,7 @@ class Interval(NamedTuple):
         return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+def interval_of_mean(values: Sequence[float], seed: int = 0) -> Interval:
     """The mean's interval: Student's for fewer than 20 values, the percentile bootstrap (Efron and Tibshirani, 1993, chapter 13) for more.
 
     The bootstrap of few values is far too narrow: of five normal ones its 95 % interval misses the mean in 16 % of cases, of
@@ -81,4 +81,4 @@ def paired(ours: Mapping[str, float], theirs: Mapping[str, float], seed: int = 0
     Raises ValueError where they have no clip in common.
     """
     differences = [ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys())]
-    return bootstrap([value for value in differences if not math.isnan(value)], seed)
+    return interval_of_mean([value for value in differences if not math.isnan(value)], seed)

@@ -118,6 +118,8 @@ def test_one_command_writes_tables_and_plots(root, tmp_path, capsys, comparison)
     compare.main([FIRST, SECOND, "speed=false", "methods=none", f"out={tmp_path}"])
     printed, written = capsys.readouterr().out, {path.name for path in tmp_path.iterdir()}
     assert {"table.txt", "table.md", "table.tex", "table.csv", "comparison.json"} <= written
+    told = json.loads((tmp_path / "comparison.json").read_text())["runs"]
+    assert [run["run_folder"] for run in told] == [FIRST, SECOND], "under RUNS_ROOT, wherever that is"
     pictures = {name for name in written if name.endswith(".png")}
     assert pictures == {f"scatter_{SECOND}_unseen-psnr.png", "frames_unseen_psnr.png"}, (
         "no speed and no events: no such plots"

@@ -11,7 +11,7 @@ from decoders.scoring import TRUTH
 from experiments import compare_notes, compare_plots, compare_scores, compare_speed, compare_table
 from experiments.comparison import FLOOR, METHOD, RUN, SPACE, Comparison, Speed
 from experiments.compose import ConfigError
-from metrics.intervals import bootstrap
+from metrics.intervals import interval_of_mean
 
 FLOORS = ("mean colour of the clip", "the dct space's own decoder")
 A = {"a": 20.0, "b": 25.0, "c": 30.0, "d": 21.0, "e": 29.0, "f": 25.0}
@@ -44,7 +44,7 @@ def compared(*evaluations, methods: str = "some", references=FLOORS) -> Comparis
 def test_means_intervals_and_paired_differences():
     comparison = compared(evaluation("x", {"decoder": {"psnr": A}}), evaluation("y", {"decoder": {"psnr": shifted(1)}}))
     x, y = (comparison.row(name).scores["s/psnr"] for name in "xy")
-    assert (x.mean, x.low, x.high) == pytest.approx(bootstrap(list(A.values())))
+    assert (x.mean, x.low, x.high) == pytest.approx(interval_of_mean(list(A.values())))
     assert x.delta is None and y.delta == pytest.approx(
         [1, 1, 1]
     )  # every clip is one better: no doubt, though intervals overlap

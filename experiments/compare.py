@@ -216,13 +216,13 @@ def write(comparison: Comparison, folder: Path, command: str | None = None) -> l
                 path.unlink()
     comparison.command = command or comparison.command
     texts = {f"table.{kind}": compare_table.render(comparison, kind) for kind in compare_table.KINDS}
-    texts[JSON] = json.dumps(_portable(comparison.to_dict()), indent=1, allow_nan=False) + "\n"
+    texts[JSON] = json.dumps(portable(comparison.to_dict()), indent=1, allow_nan=False) + "\n"
     for name, text in texts.items():
         write_atomically(folder / name, lambda path, text=text: path.write_text(text))
     return [*(folder / name for name in texts), *compare_plots.draw(comparison, folder)]
 
 
-def _portable(values: dict[str, Any]) -> dict[str, Any]:
+def portable(values: dict[str, Any]) -> dict[str, Any]:
     """Runs' folders as they lie under RUNS_ROOT: a file that is shown to others names no place on this machine."""
     root = runs_root()
     for run in values["runs"]:

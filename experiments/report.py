@@ -36,7 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageDraw, ImageFont
 
 from experiments import decoded, report_folder
-from experiments.compare import gather
+from experiments.compare import gather, portable
 from experiments.compare_plots import draw
 from experiments.comparison import FLOOR, Column, Comparison
 from experiments.compose import ConfigError, run_cli
@@ -159,7 +159,7 @@ def page_data(comparison: Comparison, config: ReportConfig, out: Path) -> dict[s
             shown.append({"index": len(shown), "stream": clip.stream, "key": clip.key, "why": clip.why} | about)
     which = {1: "the median", 2: "the worst and the best", 3: "the worst, the median and the best"}
     which = which.get(config.clips, f"{config.clips} from the worst to the best")
-    return comparison.to_dict() | {
+    return portable(comparison.to_dict()) | {
         "shown": shown,
         "left_out": left_out,
         "choice": f"Of every stream {which} of the baseline, {comparison.baseline}, by {config.metric}.",

@@ -303,8 +303,15 @@ def test_the_average_is_measured_only_towards_the_end_and_without_gradients(monk
     ):
         decoder.training_config.max_steps = steps
         decoder.progress = None if used is None else lambda used=used: used
+        decoder._used = None  # no step before this one
         calls.clear()
         decoder.losses(clip(2 * K + 1))["diffusion"].backward()
+        assert calls == [True, False] if measured else calls == [True]
+    for used, measured in ((0.3, False), (0.6, True)):  # a step as long as the last one is the last that time leaves
+        decoder.progress = lambda used=used: used
+        decoder._used = decoder._used if measured else None
+        calls.clear()
+        decoder.losses(clip(2 * K + 1))
         assert calls == [True, False] if measured else calls == [True]
     decoder.objective.freeze_statistics = False
     calls.clear()

@@ -59,7 +59,7 @@ class Regen(VideoDecoder):
         self.terms = frozenset({"diffusion", "kl"} if objective.variational else {"diffusion"})
         self.model = self.build_model(config, latent_space)
         self.encoder = None if config.encoder is None else Magvit2Encoder(config.encoder, objective.variational)
-        self._used = (0.0, 0.0)  # shares of the time at the ends of the last two steps, where time ends the run
+        self._used: tuple[float, float] | None = None  # shares of the time at the last two steps, where time ends the run
         self.moments = Moments(latent_space.channels)
         self.interpolator = Interpolator(objective.interpolator) if objective.interpolator else None
         self._task: Task = "reconstruct"
@@ -177,10 +177,12 @@ class Regen(VideoDecoder):
         by_steps = self.global_step + steps >= self.training_config.max_steps
         if self.progress is None:
             return by_steps
-        if (used := self.progress()) > self._used[1]:
-            self._used = (self._used[1], used)
-        step = self._used[1] - self._used[0]  # the last one's share: one as long may be all that is left
-        return by_steps or used + step >= 1 - share
+        used = self.progress()
+        before, last = self._used or (used, used)  # a run that goes on has no last step yet
+        if used > last:
+            before, last = last, used
+        self._used = (before, last)
+        return by_steps or used + (last - before) >= 1 - share  # one more step as long may be all that is left
 
     def _measure(self, clip: Tensor, latent: Tensor) -> None:
         """Take the moments of ``latent``, or where the run keeps an average of its weights, which is what it is used with, of

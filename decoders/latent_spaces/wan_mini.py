@@ -6,7 +6,7 @@ folder holds what diffusers calls its weights, in two files; ``save_diffusers`` 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,20 +69,29 @@ class WanMini(LatentSpace):
     def _encode(
         self, video: Float[Tensor, "b 3 t h w"], sample: bool, generator: torch.Generator | None
     ) -> Float[Tensor, "b c n y x"]:
+        latents = []
+        for mean, log_variance in self._posteriors(video):
+            latents.append(draw(mean, log_variance, generator) if sample else mean)
+        shift, scale = self._statistics(video.device)
+        return (torch.cat(latents) - shift) / scale
+
+    def _moments(self, video: Float[Tensor, "b 3 t h w"]) -> tuple[Tensor, Tensor]:
+        means, log_variances = zip(*self._posteriors(video), strict=True)
+        shift, scale = self._statistics(video.device)
+        return (torch.cat(means) - shift) / scale, torch.cat(log_variances) - 2 * scale.log()
+
+    def _posteriors(self, video: Float[Tensor, "b 3 t h w"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Mean and log-variance of one clip after the other, not normalised."""
         if self._encoder is None:
             self._encoder = load_encoder()
         encoder = self._encoder.to(video.device, self._dtype)
-        latents = []
         for clip in video.float().split(1):
             mean, log_variance = (moment.float() for moment in encoder.encode_in_chunks(clip))
-            if sample:
-                mean = draw(mean, log_variance.clamp(*LOG_VARIANCE_RANGE), generator)
-            latents.append(mean)
-        shift, scale = (
-            torch.tensor(values, device=video.device).view(-1, 1, 1, 1)
-            for values in (self.layout.mean, self.layout.std)
-        )
-        return (torch.cat(latents) - shift) / scale
+            yield mean, log_variance.clamp(*LOG_VARIANCE_RANGE)
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(values, device=device) for values in (self.layout.mean, self.layout.std))
+        return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
 
     @torch.no_grad()
     def decode(self, latent: Float[Tensor, "b c n y x"]) -> Float[Tensor, "b 3 t h w"]:

@@ -15,7 +15,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from datamodules.batch import VideoBatch, batch_size
-from decoders import optimisation
+from decoders import optimisation, sharding
 from decoders.ema import Ema
 from decoders.latent_spaces.base import LatentSpace, pad_to_valid
 from decoders.scoring import DECODE, DECODER, PER_FRAME, Clips, Method, Row, Scorer, named_groups, selected
@@ -43,6 +43,7 @@ class VideoDecoder(LightningModule):
         terms: names of all loss terms that ``losses`` may return. Declared once, checked against the weights at start.
         discriminators: names of submodules that are trained but not needed at inference.
         trains_encoder: whether ``losses`` encodes by itself, with gradients; then its batches come without a latent.
+        samples_latents: whether training encodes a draw of the posterior in place of its mean.
     """
 
     Config: type
@@ -50,6 +51,7 @@ class VideoDecoder(LightningModule):
     terms: frozenset[str]
     discriminators: tuple[str, ...] = ()
     trains_encoder: bool = False
+    samples_latents: bool = False
 
     def __init__(self, latent_space: LatentSpace, training: TrainingConfig) -> None:
         super().__init__()
@@ -63,6 +65,9 @@ class VideoDecoder(LightningModule):
         self.references: dict[str, Method] = {}  # other methods that validation scores too
         self.wanted: Callable[[int, str], bool] | None = None  # (stream, key): other clips are left out of validation
         self.categories: Callable[[Tensor], list[str]] | None = None  # of each clip "b 3 t h w" of a validation
+        self.admits: Callable[[dict[str, Tensor]], bool] | None = None  # is a step of these norms made? None: if finite
+        self.step_terms: dict[str, Tensor] = {}  # of the last training batch, unweighted
+        self._skipped = False  # the last step was not admitted
         self._scorer: Scorer | None = None
         self._swapped = ExitStack()  # holds the EMA weights in place during validation
 
@@ -154,6 +159,21 @@ class VideoDecoder(LightningModule):
         """Whether some parameters get no gradient in some steps, which DDP must be told."""
         return bool(self.discriminators)
 
+    def shard_units(self) -> list[nn.Module]:
+        """Modules whose weights are gathered one by one with ``trainer.strategy=fsdp``; the rest of every trained child is
+        gathered at once. In a step all processes call the same of them equally often, and children as modules.
+
+        Raises:
+            ValueError: this decoder cannot be sharded.
+        """
+        raise ValueError(f"{type(self).__name__} does not say how its weights are sharded; use trainer.strategy=ddp")
+
+    def configure_model(self) -> None:
+        """Shard the weights where the strategy made a mesh of processes; for training, and only once."""
+        if self.device_mesh is not None and self.trainer.state.fn == "fit" and not sharding.is_sharded(self):
+            roots = [child for child in self.children() if any(p.requires_grad for p in child.parameters())]
+            sharding.shard(roots, self.shard_units(), self.device_mesh)
+
     # ---- latents
 
     @classmethod
@@ -221,12 +241,16 @@ class VideoDecoder(LightningModule):
                 self.ema.load_state_dict(self._restored_ema)
                 self._restored_ema = None
 
+    def step_seed(self, rank: int) -> int:
+        """Every draw of a step comes from (seed, step, rank), so a resumed run draws what the uninterrupted one drew."""
+        return key_seed(f"train:{self.batches_seen}:{rank}", self.training_config.seed)
+
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
-        # Every draw of a step comes from (seed, step, rank), so a resumed run draws what the uninterrupted one drew.
-        torch.manual_seed(key_seed(f"train:{self.batches_seen}:{self.global_rank}", self.training_config.seed))
+        torch.manual_seed(self.step_seed(self.global_rank))
         terms = self.losses(batch if self.trains_encoder else self.with_latent(batch))
         if unknown := terms.keys() - self.terms:
             raise ValueError(f"{type(self).__name__}.losses returned {sorted(unknown)}, which its terms do not name")
+        self.step_terms = {name: value.detach() for name, value in terms.items()}
         weighted = [self.weight(name) * value for name, value in terms.items()]
         total = torch.stack([value.float() for value in weighted]).sum()
         self.batches_seen += 1
@@ -244,13 +268,18 @@ class VideoDecoder(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip every named group on its own, and refuse a gradient that is not finite before it reaches the weights."""
-        norms = optimisation.clip(optimizer, self.global_step)
+        """Clip every named group on its own. A step that is not admitted, or not finite, never reaches the weights."""
+        norms = optimisation.clip(optimizer)
         self.log_dict({f"grad_norm/{name}": norm for name, norm in norms.items()})
+        if self.admits is None:
+            optimisation.require_finite(norms, self.global_step)
+        self._skipped = self.admits is not None and not self.admits(norms)
+        if self._skipped:
+            optimizer.zero_grad()  # AdamW passes over what has no gradient: weights and moments stay as they are
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None:
+        if self.ema is not None and not self._skipped:
             self.ema.update(self.global_step + 1)  # Lightning counts this step only once we return
 
     # ---- validation
@@ -264,6 +293,7 @@ class VideoDecoder(LightningModule):
     def on_validation_start(self) -> None:
         self.scorer().begin()
         self._swapped.enter_context(self.ema_weights())
+        self._swapped.enter_context(sharding.unsharded(self))  # ranks have different numbers of clips
 
     def validation_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Decode each clip with a generator of its own, seeded from its key: batch size and ranks change nothing.
@@ -359,7 +389,7 @@ class VideoDecoder(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["seen"] = {"clips": self.clips_seen, "batches": self.batches_seen}
         if self.ema is not None:
-            checkpoint["ema"] = self.ema.state_dict()
+            checkpoint["ema"] = sharding.gathered(self.ema.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.clips_seen, self.batches_seen = checkpoint["seen"]["clips"], checkpoint["seen"]["batches"]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from decoders.sharding import slice_like
 from decoders.training import EmaConfig
 
 
@@ -34,15 +35,17 @@ class Ema:
         torch._foreach_lerp_(averages, [p.detach().float() for p in current], weight)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The averages themselves, by name; sharded as the parameters are (``sharding.gathered`` makes them whole)."""
         return dict(self.average)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take whole tensors, however this average is sharded."""
         if state.keys() != self.average.keys():
             odd = sorted(state.keys() ^ self.average.keys())
             raise ValueError(f"the checkpoint's EMA does not fit this model: {len(odd)} names differ, first {odd[0]}")
         for name, value in state.items():
-            self.average[name].copy_(value)
+            self.average[name].copy_(slice_like(value, self.average[name]))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from decoders.sharding import whole
 from decoders.training import OptimConfig
 
 
@@ -45,18 +46,14 @@ def _decay_parts(group: dict, config: OptimConfig) -> list[dict]:
     if own is not None:
         options |= {k: getattr(own, k) for k in ("lr", "betas", "grad_clip") if getattr(own, k) is not None}
         decay = decay if own.weight_decay is None else own.weight_decay
-    parts = (
-        [p for p in group["params"].values() if p.ndim > 1],
-        [p for p in group["params"].values() if p.ndim <= 1],
-    )
+    named = group["params"].items()  # AdamW keeps the names, so a checkpoint tells whose moments it has
+    parts = ([(name, p) for name, p in named if p.ndim > 1], [(name, p) for name, p in named if p.ndim <= 1])
     return [{**options, "params": p, "weight_decay": d} for p, d in zip(parts, (decay, 0.0), strict=True) if p]
 
 
-def clip(optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
-    """Scale the gradients of every named group down to its largest norm; the norms before that, by group.
-
-    Raises:
-        TrainingDiverged: one of them is not finite.
+def clip(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Scale the gradients of every named group down to its largest norm; the norms before that, by group. Norms are those
+    of whole gradients, the same on all processes, also where each process has a slice of them.
     """
     groups: dict[str, tuple[list[Tensor], float | None]] = {}
     for group in optimizer.param_groups:
@@ -66,8 +63,18 @@ def clip(optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
     norms = {}
     for name, (parameters, largest) in groups.items():
         if parameters:
+            norms[name] = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
             limit = float("inf") if largest is None else largest
-            norms[name] = torch.nn.utils.clip_grad_norm_(parameters, limit)
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norms[name])
+    return norms
+
+
+def require_finite(norms: dict[str, Tensor], step: int) -> None:
+    """Refuse to go on with gradients of these norms, in optimiser step ``step`` (from 0).
+
+    Raises:
+        TrainingDiverged: one of them is not finite.
+    """
     if not torch.stack(list(norms.values())).isfinite().all():
         bad = ", ".join(name for name, norm in norms.items() if not norm.isfinite())
         raise TrainingDiverged(
@@ -75,4 +82,3 @@ def clip(optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
             "before and the last checkpoint is intact: run the same command to resume from it, perhaps with a "
             "lower optim.lr, optim.grad_clip or a longer optim.warmup_steps (which make another run)"
         )
-    return norms

@@ -84,6 +84,24 @@ class EmaConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What becomes of a step whose loss or gradient is not finite, or far too large: it is left out, and written down."""
+
+    limit: int = 10  # training stops with the step that is one more than so many left out ...
+    window: int = 100  # ... among so many steps in a row
+    # A gradient norm, or a loss, so many times its median over the last `window` steps that were made is too large. null: none is
+    explode: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit < 0 or self.window < 1:
+            raise ValueError(
+                f"guard: limit={self.limit} must be 0 or more, window={self.window} 1 or more; null for no guard"
+            )
+        if self.explode is not None and self.explode <= 1:
+            raise ValueError(f"guard: explode={self.explode} must be above 1, or null")
+
+
+@dataclass
 class ValidationConfig:
     """What is measured on the validation clips, and what of them is shown."""
 

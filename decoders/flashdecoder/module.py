@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.batch import VideoBatch, counted
 from decoders import terms
@@ -71,6 +71,16 @@ class FlashDecoder(VideoDecoder):
         super().setup(stage)
         if stage == "fit" and self.training_config.loss_weights["lpips"] != 0:  # a missing backbone is told at once
             self._lpips = terms.build_lpips(self.objective)
+
+    def shard_units(self) -> list[nn.Module]:
+        """None: a block runs once for every latent frame, and would be gathered as often. What is sharded is what an optimiser
+        step needs; all weights are gathered once for a step."""
+        if self.discriminator is not None:
+            raise ValueError(
+                "the adversarial terms call the discriminator with detached copies of its weights, which slices cannot be; "
+                "use trainer.strategy=ddp"
+            )
+        return []
 
     def param_groups(self) -> list[dict]:
         groups = [{"name": "decoder", "params": dict(self.model.named_parameters())}]

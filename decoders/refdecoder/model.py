@@ -67,6 +67,17 @@ class RefDecoderModel(nn.Module):
         """Whether references change anything: not for ``inject=none``, which refuses them."""
         return self.injection is not None
 
+    def reference_parameters(self) -> list[nn.Parameter]:
+        """Those that have no gradient in a pass without references."""
+        if self.injection is None:
+            return []
+        parts: list[nn.Module | None] = [self.encoder, self.rereads]
+        if isinstance(self.injection, JointAttention):
+            parts += [gate.norm_reference for gate in self.injection.gates]
+        else:
+            parts.append(self.injection)
+        return [parameter for part in parts if part is not None for parameter in part.parameters()]
+
     def fill_backbone(self, pretrained: StagedDecoder) -> None:
         """Take the weights of a pretrained decoder of the same layout; a ControlNet's copy of it takes them too.
 

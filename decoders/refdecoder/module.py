@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.batch import VideoBatch, batch_size, counted
 from decoders import terms
@@ -18,8 +18,10 @@ from decoders.base import VideoDecoder, key_seed
 from decoders.chunks import reconstruct
 from decoders.latent_spaces.base import LatentSpace
 from decoders.refdecoder import start
+from decoders.refdecoder.injection import JointAttention
 from decoders.refdecoder.model import RefDecoderConfig, build_model
 from decoders.refdecoder.reference import cut_to
+from decoders.sharding import is_sharded
 from decoders.training import TrainingConfig
 from losses.perceptual import Lpips
 from losses.pixel import l1
@@ -96,6 +98,7 @@ class RefDecoder(VideoDecoder):
     ) -> None:
         super().__init__(latent_space, training)
         self.objective = objective
+        self.samples_latents = objective.sample
         self.model = self.build_model(config, latent_space.channels, latent_space.stride_t, latent_space.stride_hw)
         self._lpips: Lpips | None = None
 
@@ -151,6 +154,14 @@ class RefDecoder(VideoDecoder):
             groups[part][name] = parameter
         return [{"name": name, "params": params} for name, params in groups.items() if params]
 
+    def shard_units(self) -> list[nn.Module]:
+        """The blocks of attention over the whole clip. Where attention streams, how often a block runs depends on whether a
+        step has references, which processes draw by themselves: there all weights are gathered at once."""
+        injection = self.model.injection
+        if not isinstance(injection, JointAttention) or injection.streams:
+            return []
+        return [block for blocks in injection.blocks for block in blocks]
+
     def tokens(self, n: int, y: int, x: int) -> dict[str, int]:
         """As in the base, at every point, the references of a training step included."""
         return self.model.tokens(n, y, x, self._references_of_a_step)
@@ -202,7 +213,7 @@ class RefDecoder(VideoDecoder):
         if not self.model.uses_reference:
             return None
         generator = torch.Generator().manual_seed(torch.initial_seed())  # of this step and rank, see the base
-        if torch.rand((), generator=generator) < self.objective.no_reference:
+        if self._goes_without(generator):
             return None
         if "reference" in batch:
             return batch["reference"]
@@ -218,13 +229,29 @@ class RefDecoder(VideoDecoder):
         frames = shown[_choose(self.objective.reference, self.objective.num_references, len(shown), generator)]
         return _take(video, frames.expand(len(video), -1))
 
+    def _goes_without(self, generator: torch.Generator) -> bool:
+        """The first draw of a step: whether it has no reference."""
+        return bool(torch.rand((), generator=generator) < self.objective.no_reference)
+
+    def _as_elsewhere(self, prediction: Tensor) -> Tensor:
+        """``prediction`` of a pass without references, from which parameters that only references use have a gradient of
+        zeros where they have one in another process: processes exchange slices of the same gradients, or wait for ever.
+        DDP means the same by none."""
+        if not (self.training and self.model.uses_reference and is_sharded(self.model)):
+            return prediction
+        seeds = (self.step_seed(rank) for rank in range(self.trainer.world_size))
+        if all(self._goes_without(torch.Generator().manual_seed(seed)) for seed in seeds):
+            return prediction  # none has one: no gradient, and no step of Adam's, anywhere
+        return prediction + 0 * torch.stack([p.sum() for p in self.model.reference_parameters()]).sum()
+
     # ---- objective
 
     def losses(self, batch: VideoBatch) -> dict[str, Tensor]:
         if "video" not in batch:
             return self._saved_latent_losses(batch)
-        video = batch["video"]
-        prediction = self._predict(batch["latent"], self._training_reference(batch), tuple(video.shape[2:]))
+        video, reference = batch["video"], self._training_reference(batch)
+        prediction = self._predict(batch["latent"], reference, tuple(video.shape[2:]))
+        prediction = prediction if reference is not None else self._as_elsewhere(prediction)
         return self._terms(prediction, video, counted(batch))
 
     def _predict(self, latent: Tensor, reference: Tensor | None, size: tuple[int, int, int]) -> Tensor:

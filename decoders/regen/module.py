@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from datamodules.batch import VideoBatch, batch_size, counted
 from decoders.backbones.magvit2 import Magvit2Encoder
@@ -21,7 +20,7 @@ from decoders.latent_spaces.learned import draw
 from decoders.regen import controls
 from decoders.regen.interpolator import Interpolator
 from decoders.regen.model import RegenConfig, RegenDecoder
-from decoders.regen.moments import Moments
+from decoders.regen.moments import Moments, encode_with
 from decoders.regen.objective import RegenObjective, encoded_frames_of
 from decoders.regen.targets import Task, Wanted, draw_task, draw_wanted, needed_frames
 from decoders.regen.windows import num_pairs
@@ -78,6 +77,12 @@ class Regen(VideoDecoder):
         parts = {"encoder": self.encoder, "decoder": self.model}
         return [{"name": name, "params": dict(p.named_parameters())} for name, p in parts.items() if p is not None]
 
+    def shard_units(self) -> list[nn.Module]:
+        """The Transformer's blocks, and the stages of the encoder, each of which runs once for a chunk's first frame and once
+        for the others."""
+        stages = [] if self.encoder is None else self.encoder.stages.values()
+        return [*self.model.dit.blocks, *stages]
+
     def tokens(self, n: int, y: int, x: int) -> dict[str, int]:
         """As in the base: those of all pairs, each a sequence of its own."""
         config, pairs = self.model.config, num_pairs(n, self.model.chunked)
@@ -99,7 +104,7 @@ class Regen(VideoDecoder):
     def on_fit_start(self) -> None:
         k, space, data = self.latent_space.stride_t, self.latent_space, self.trainer.datamodule.config
         self._check_tasks(getattr(data, "val", {}), getattr(data, "sets", {}))
-        for name, stream in getattr(data, "train", {}).items():
+        for name, stream in getattr(data, "train_streams", getattr(data, "train", {})).items():
             if any(stream.extend):
                 raise ValueError(
                     f"data.train.{name}: a step cuts its own window, which may lie in frames that do not count: leave extend "
@@ -165,6 +170,7 @@ class Regen(VideoDecoder):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self.moments.share()
         # Lightning counts this step only once we return. Where time ends the run, this may be the last step or not: frozen
         # again, statistics change no picture.
         if self.encoder is not None and self.objective.freeze_statistics and self._ends_within(1, MEASURED_SHARE / 2):
@@ -191,9 +197,7 @@ class Regen(VideoDecoder):
             self.moments.update(latent)
         elif self.objective.freeze_statistics and self._ends_within(MEASURED_STEPS, MEASURED_SHARE):
             own = {name.removeprefix("encoder."): value for name, value in self.ema.average.items()}
-            averaged = {name: own[name] for name, _ in self.encoder.named_parameters()}
-            with torch.no_grad(), torch.autocast(clip.device.type, enabled=False):
-                mean, log_variance = functional_call(self.encoder, averaged, (clip,))
+            mean, log_variance = encode_with(self.encoder, own, clip)
             if log_variance is not None:
                 mean = draw(mean, log_variance.float().clamp(*LOG_VARIANCE_RANGE), self._step_generator(2))
             self.moments.update(mean)

@@ -3,6 +3,10 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import functional_call
+
+from decoders.backbones.magvit2 import Magvit2Encoder
+from decoders.sharding import is_sharded, whole
 
 
 class Moments:
@@ -14,6 +18,7 @@ class Moments:
     def __init__(self, channels: int, decay: float = 0.99) -> None:
         self.decay = decay
         self.sums = torch.zeros(3, channels, dtype=torch.float64)
+        self._shared = True
 
     @torch.no_grad()
     def update(self, latent: Float[Tensor, "b c n y x"]) -> None:
@@ -21,6 +26,14 @@ class Moments:
         each = latent.detach().double().transpose(0, 1).flatten(1)
         seen = torch.stack([torch.ones_like(each[:, 0]), each.mean(1), each.square().mean(1)])
         self.sums = self.sums.to(seen.device).mul_(self.decay).add_(seen)
+        self._shared = False
+
+    def share(self) -> None:
+        """Once a step, by all ranks: each takes the mean over them, so that the checkpoint of one holds what all have seen."""
+        if not self._shared and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.sums)
+            self.sums /= torch.distributed.get_world_size()
+        self._shared = True
 
     def over_ranks(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
         """Mean and standard deviation per channel, the same on all ranks.
@@ -40,3 +53,16 @@ class Moments:
                 "checkpoint is intact; objective.freeze_statistics=false (which makes another run) leaves latents as they are"
             )
         return mean.float(), std.float()
+
+
+@torch.no_grad()
+def encode_with(
+    encoder: Magvit2Encoder, weights: dict[str, Tensor], clip: Float[Tensor, "b 3 t h w"]
+) -> tuple[Tensor, Tensor | None]:
+    """What ``encoder`` would give with other weights, in float32. Sharded, they are gathered: all processes must call this."""
+    weights = {name: whole(weights[name]) for name, _ in encoder.named_parameters()}
+    if is_sharded(encoder):  # a call of it would gather its own weights over these
+        with torch.device("meta"):
+            encoder = Magvit2Encoder(encoder.config, encoder.variational)
+    with torch.autocast(clip.device.type, enabled=False):
+        return functional_call(encoder, weights, (clip,))

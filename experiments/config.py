@@ -14,99 +14,17 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from decoders.training import EmaConfig, OptimConfig, TrainingConfig, ValidationConfig, check_loss_weights
+from decoders.training import TrainingConfig, check_loss_weights
 from experiments import compose
 from experiments.compose import COMMAND_LINE, VARIABLE, ConfigError, flatten
-
-
-@dataclass
-class TrainerConfig:
-    """How long, on what, and how often something is looked at. Steps are optimiser steps."""
-
-    max_steps: int = MISSING
-    max_minutes: float | None = None  # training stops in good order after so long, even before max_steps
-    # The run is complete after so many minutes of training, and a cosine ends there: for comparisons on equal time. Steps then
-    # depend on the machine; max_steps is only a bound.
-    budget_minutes: float | None = None
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int | str = "auto"  # a number, or "auto" for all there are on this node
-    num_nodes: int = 1
-    strategy: Literal["auto", "ddp"] = "auto"  # auto: DDP as soon as there is more than one process
-    precision: Literal["32-true", "bf16-mixed", "auto"] = "32-true"  # auto: bf16 where the hardware has it
-    compile: bool = False  # torch.compile on the decoder's network
-    accumulate_grad_batches: int = 1
-    val_every_steps: int = 1000
-    log_every_steps: int = 50
-    checkpoint_every_steps: int = 1000
-    keep_checkpoints: int = 1  # how many stay, the last included
-    num_sanity_val_steps: int = 0
-    deterministic: bool = False  # slower kernels that repeat bit for bit; an error where there are none
-    benchmark: bool = False  # cuDNN autotuning: for one fixed size; with several sizes it searches again at each
-    progress_bar: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "num_nodes", "accumulate_grad_batches", "val_every_steps", "log_every_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.checkpoint_every_steps < 1:
-            raise ValueError(f"checkpoint_every_steps={self.checkpoint_every_steps} must be 1 or more")
-        for name in ("max_minutes", "budget_minutes"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0, or null for no limit")
-        if isinstance(self.devices, str) and self.devices != "auto":
-            raise ValueError(f"devices={self.devices} must be a number or auto")
-        if isinstance(self.devices, int) and self.devices < 1:
-            raise ValueError(f"devices={self.devices} must be 1 or more (trainer.accelerator=cpu avoids the GPU)")
-
-
-@dataclass
-class Experiment:
-    """Everything that decides a run. The classes named first say what ``decoder`` to ``data`` may hold, see PARTS."""
-
-    family: str = MISSING  # import path: decoders.flashdecoder.FlashDecoder
-    latent_space: str = MISSING  # import path: decoders.latent_spaces.dct.DCT
-    datamodule: str = MISSING  # import path: datamodules.clips.ClipData
-    decoder: Any = MISSING  # the architecture
-    objective: Any = MISSING  # what it is trained for, besides the weights of the loss terms
-    space: Any = MISSING
-    data: Any = MISSING
-    loss_weights: dict[str, Any] = field(default_factory=dict)  # term -> number, or a schedule of the step
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    ema: EmaConfig | None = None
-    trainer: TrainerConfig = MISSING
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    init_from: str | None = None  # <experiment>[:ema|last|best]: weights only; resuming needs no key
-    allow_unfinished_parent: bool = False
-    train_parents: bool = False  # train init_from first where it has not been, and afterwards what beside names
-    beside: list[str] = field(default_factory=list)  # other experiments whose results are shown beside this one's
-    pad: Literal["error", "replicate"] = "error"  # what to do with a size that the latent space cannot encode
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must lie in 0 to 4294967295")
-        for term, weight in self.loss_weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float | dict):
-                raise ValueError(
-                    f"loss_weights.{term}={weight} must be a number, or {{start: 0, end: 1, to_step: 1000}}"
-                )
-        for other in ("start", "transformer"):
-            if self.init_from and getattr(self.objective, other, None) is not None:
-                raise ValueError(
-                    f"init_from={self.init_from} and objective.{other} both say where the weights come from, and the second would "
-                    f"win; set objective.{other}=null"
-                )
-        # Whether the terms are the family's own is asked when the family is built; here only whether they can be read.
-        check_loss_weights(self.loss_weights, frozenset(self.loss_weights))
-
+from experiments.schema import Experiment, TrainerConfig
 
 # part of the experiment -> the key that names a class, and the attribute of that class that is the part's dataclass
 PARTS = {
@@ -355,8 +273,9 @@ def _above(size: int, multiple: int) -> int:
 
 
 def streams(experiment: Experiment) -> dict[str, Any]:
-    """``data.train.<name>`` and ``data.val.<name>`` of a datamodule that has them -> the stream's config."""
+    """``data.train.<name>``, each bucket apart, and ``data.val.<name>`` of a datamodule that has them -> the stream's config."""
     splits = {split: getattr(experiment.data, split, {}) for split in ("train", "val")}
+    splits["train"] = getattr(experiment.data, "train_streams", splits["train"])
     return {f"data.{split}.{name}": stream for split in splits for name, stream in splits[split].items()}
 
 

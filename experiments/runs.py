@@ -20,6 +20,8 @@ from experiments.compose import ConfigError, flatten, names, parse_overrides
 
 CONFIG = "config.yaml"
 DONE = "done.json"
+LAST = "last.ckpt"
+VALIDATED = "validated.json"
 WEIGHTS = ("ema", "best", "last")
 LONGEST_NAME = 160  # file systems allow 255 bytes; checkpoints and TensorBoard add to it
 
@@ -30,10 +32,15 @@ NEUTRAL = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
+    "trainer.shard_group",
     "trainer.progress_bar",
+    "trainer.peak_tflops",
     "trainer.log_every_steps",
     "trainer.checkpoint_every_steps",
     "trainer.keep_checkpoints",
+    "trainer.async_checkpoints",
+    "trainer.guard",  # a run that the guard ended may go on under another; what it left out is written down
+    "trainer.guard.*",
     "trainer.max_minutes",
     "validation.*",
     "data.sets",
@@ -42,6 +49,8 @@ NEUTRAL = (
     "data.prefetch",
     "data.start_method",
     "data.timeout_s",
+    "data.clip_timeout_s",
+    "data.reader",
     "data.film_cache_gib",
     "train_parents",
     "beside",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,15 +12,24 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from decoders.base import VideoDecoder
-from experiments import board, compare, evaluate
+from decoders.optimisation import TrainingDiverged
+from experiments import board, compare, cost, evaluate, given_latents
+from experiments.background import Background, Writer
 from experiments.budget import Budget
-from experiments.callbacks import Progress, Reconstructions, Throughput
-from experiments.checkpoints import LAST, Checkpoints, StreamedCheckpointIO, load_weights, write_atomically
+from experiments.callbacks import Progress, Reconstructions
+from experiments.checkpoints import (
+    Checkpoints,
+    StreamedCheckpointIO,
+    Unwritable,
+    load_weights,
+    told_of_folder,
+    write_atomically,
+)
 from experiments.compose import ConfigError, run_cli
 from experiments.config import (
     Experiment,
@@ -31,7 +41,13 @@ from experiments.config import (
     require_paths,
     resolved_yaml,
 )
-from experiments.runs import CONFIG, DONE, diff, find_parent, is_neutral, run_dir, run_name
+from experiments.failfast import FailFast
+from experiments.guard import Guard
+from experiments.resuming import Board, Resumed, check_resume, purge_step, validated
+from experiments.runs import CONFIG, DONE, find_parent, is_neutral, run_dir, run_name
+from experiments.signals import Signals
+from experiments.strategy import Sharded, check_sharding, compile_network
+from experiments.throughput import Throughput
 
 say = rank_zero_only(print)
 
@@ -69,12 +85,22 @@ def build_data(experiment: Experiment, folder: Path | None):
     return locate(experiment.datamodule, "datamodule")(experiment.data, run_dir=folder, seed=experiment.seed)
 
 
-def build_trainer(experiment: Experiment, folder: Path, callbacks: Sequence[Callback], find_unused: bool) -> Trainer:
-    """Lightning's Trainer, counting in optimiser steps."""
+def build_trainer(
+    experiment: Experiment,
+    folder: Path,
+    callbacks: Sequence[Callback],
+    find_unused: bool,
+    writer: Writer | None = None,
+    purge_step: int | None = None,
+) -> Trainer:
+    """Lightning's Trainer, counting in optimiser steps. ``writer`` writes its checkpoints; TensorBoard forgets what is there of
+    ``purge_step`` and later ones."""
     t = experiment.trainer
     strategy = t.strategy
     if strategy == "ddp" or (strategy == "auto" and _num_processes(t) > 1):
         strategy = DDPStrategy(find_unused_parameters=find_unused, gradient_as_bucket_view=True)
+    elif strategy == "fsdp":
+        strategy = Sharded(t.shard_group)
     return Trainer(
         accelerator=t.accelerator,
         devices=t.devices if t.devices != "auto" or t.accelerator != "cpu" else 1,
@@ -97,10 +123,16 @@ def build_trainer(experiment: Experiment, folder: Path, callbacks: Sequence[Call
         enable_checkpointing=True,
         enable_progress_bar=any(isinstance(c, Progress) for c in callbacks),
         enable_model_summary=False,
-        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
-        plugins=[StreamedCheckpointIO()],
+        logger=Board(folder, purge_step),
+        plugins=[StreamedCheckpointIO(writer), *_scheduler()],
         callbacks=list(callbacks),
     )
+
+
+def _scheduler() -> list[SLURMEnvironment]:
+    """Under srun: SLURM's ranks, without Lightning's own handlers of signals. Torchrun inside of a job is not srun."""
+    srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if srun else []
 
 
 def _num_processes(t) -> int:
@@ -109,34 +141,41 @@ def _num_processes(t) -> int:
     return max(1, torch.cuda.device_count() if t.accelerator != "cpu" else 1) * t.num_nodes
 
 
-def check_resume(experiment: Experiment, folder: Path) -> Path | None:
-    """The checkpoint to resume from, if this run has one.
-
-    Raises:
-        ConfigError: the run began under another configuration; shows the differences.
-    """
-    if not (folder / LAST).is_file():
-        return None
-    changes = diff((folder / CONFIG).read_text(), resolved_yaml(experiment))
-    if changes:
-        raise ConfigError(
-            f"{folder} was begun under another configuration:\n  "
-            + "\n  ".join(changes)
-            + "\nundo the change, give it as an override (which makes another run), or move the folder away"
-        )
-    return folder / LAST
-
-
 def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> Path:
-    """Train or resume, and return the run's folder. A complete run says so and is left alone."""
+    """Train or resume, and return the run's folder. A complete run says so and is left alone.
+
+    Raises ConfigError, TrainingDiverged, Unwritable, and what the data raise. In a run of several processes the first one that
+    fails says so and ends the others.
+    """
+    watch = FailFast()
+    try:
+        with Signals() as signals:
+            return _train(experiment, name, overrides, callbacks, signals, watch)
+    except Exception as error:
+        watch.report(error)
+        if (better := told_of_folder(error, run_dir(name, overrides))) is error:
+            raise
+        raise better from error
+    finally:
+        watch.close()
+
+
+def _train(
+    experiment: Experiment,
+    name: str,
+    overrides: Sequence[str],
+    callbacks: Sequence[Callback],
+    signals: Signals,
+    watch: FailFast,
+) -> Path:
     folder = run_dir(name, overrides)
-    resume = check_resume(experiment, folder)
+    resumed = check_resume(experiment, folder)
     if (folder / DONE).is_file():
         say(f"{name} is complete.\n{closing_words(folder, json.loads((folder / DONE).read_text()))}")
         return folder
     require_paths(experiment)
     parent = None
-    if experiment.init_from and resume is None:
+    if experiment.init_from and resumed is None:
         if experiment.train_parents:
             train_missing([experiment.init_from.partition(":")[0]], overrides)
         parent = find_parent(experiment.init_from, allow_unfinished=experiment.allow_unfinished_parent)
@@ -147,29 +186,46 @@ def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), call
     if parent is not None:
         step = load_weights(decoder, parent).get("step", "?")
         say(f"weights of {experiment.init_from}, step {step}: {parent}")
+    if experiment.trainer.strategy == "fsdp":
+        check_sharding(decoder, _num_processes(experiment.trainer), experiment.trainer.shard_group)
     data = build_data(experiment, folder)
+    given_latents.give(experiment, decoder, data, name, overrides)
+    writer = Background() if experiment.trainer.async_checkpoints else Writer()
     keep = Checkpoints(
         folder,
         run_name(name, overrides),
         experiment.trainer.checkpoint_every_steps,
         experiment.trainer.keep_checkpoints,
+        config=resolved_yaml(experiment),
+        signals=signals,
+        writer=writer,
+        resumed=resumed,
     )
     budget = Budget(experiment.trainer.budget_minutes) if experiment.trainer.budget_minutes else None
-    throughput = Throughput()
+    throughput = Throughput(experiment, budget)
+    replay = shlex.join(["python", "-m", "experiments.replay", name, *overrides])
+    guard = [Guard(experiment.trainer.guard, folder, data, replay)] if experiment.trainer.guard else []
+    first = [watch, *guard, DataPosition(data), *([budget] if budget else []), throughput]
+    every = [*first, *_seen(experiment, throughput, budget), *callbacks, keep]
+    purge = purge_step(folder, resumed)
+    trainer = build_trainer(experiment, folder, every, decoder.terms_may_be_absent, writer, purge)
+    if experiment.trainer.compile:
+        compile_network(decoder, experiment.trainer.strategy == "fsdp")
+    if trainer.is_global_zero:
+        begin(folder, experiment, trainer, decoder, resumed)
+    trainer.fit(decoder, data, ckpt_path=resumed.path if resumed else None, weights_only=True)
+    if trainer.interrupted or signals.told:
+        raise SystemExit(1)
+    finish(experiment, trainer, decoder, data, keep, throughput, budget)
+    return folder
+
+
+def _seen(experiment: Experiment, throughput: Throughput, budget: Budget | None) -> list[Callback]:
+    """What shows how training goes."""
     shown = [Progress(throughput, budget)] if experiment.trainer.progress_bar else []
     validation = experiment.validation
     pictures = [Reconstructions(validation.num_shown, validation.video_fps)] if validation.num_shown else []
-    every = [DataPosition(data), *([budget] if budget else []), throughput, *shown, *pictures, *callbacks, keep]
-    trainer = build_trainer(experiment, folder, every, decoder.terms_may_be_absent)
-    if experiment.trainer.compile:
-        decoder.model.compile()
-    if trainer.is_global_zero:
-        begin(folder, experiment, trainer, decoder, resume)
-    trainer.fit(decoder, data, ckpt_path=resume, weights_only=True)
-    if trainer.interrupted:
-        raise SystemExit(1)
-    finish(experiment, trainer, decoder, data, keep, budget)
-    return folder
+    return [*shown, *pictures]
 
 
 def train_missing(names: Sequence[str], overrides: Sequence[str]) -> None:
@@ -189,7 +245,8 @@ def train_missing(names: Sequence[str], overrides: Sequence[str]) -> None:
 
 def quiet() -> None:
     """Keep Lightning's advertisements and its dependencies' deprecation notes off the screen; errors stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings(
@@ -207,24 +264,35 @@ class DataPosition(Callback):
         self.data.batch_consumed()
 
 
-def begin(folder: Path, experiment: Experiment, trainer: Trainer, decoder: VideoDecoder, resume: Path | None) -> None:
+def begin(
+    folder: Path, experiment: Experiment, trainer: Trainer, decoder: VideoDecoder, resumed: Resumed | None
+) -> None:
     """Write the configuration down and say what is about to happen."""
     text = resolved_yaml(experiment)
     write_atomically(folder / CONFIG, lambda temporary: temporary.write_text(text))
-    trainer.logger.experiment.add_text("config", "```yaml\n" + text + "\n```", 0)
+    if resumed is None:
+        trainer.logger.experiment.add_text("config", "```yaml\n" + text + "\n```", 0)
     board.begin(trainer.logger.experiment)
     millions = sum(p.numel() for p in decoder.inference_parameters().values()) / 1e6
     device = torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "CPU"
     t = experiment.trainer
     until = f"for {t.budget_minutes:g} minutes" if t.budget_minutes else f"steps to {t.max_steps}"
     say(
-        f"{'resuming' if resume else 'training'} {folder.name}: {millions:.1f} M parameters, "
+        f"{'resuming' if resumed else 'training'} {folder.name}: {millions:.1f} M parameters, "
         f"{trainer.world_size} x {device}, {trainer.precision}, {until}, in {folder}"
     )
+    if resumed is None and (expected := cost.words_before(experiment, folder.name.partition("+")[0], trainer)):
+        say(expected)
 
 
 def finish(
-    experiment: Experiment, trainer: Trainer, decoder: VideoDecoder, data, keep: Checkpoints, budget: Budget | None
+    experiment: Experiment,
+    trainer: Trainer,
+    decoder: VideoDecoder,
+    data,
+    keep: Checkpoints,
+    throughput: Throughput,
+    budget: Budget | None,
 ) -> None:
     """The last validation's result, in a table, in TensorBoard's HParams tab and in the file that says "complete".
 
@@ -233,6 +301,9 @@ def finish(
     kind = "last" if decoder.ema is None else "ema"
     weights = {"kind": kind, "step": trainer.global_step, "file": f"weights-{kind}.safetensors"}
     folder = keep.folder / "evaluation"
+    if keep.resumed is not None:
+        keep.resumed.log_again(trainer)  # where the last step was done before: training did not begin
+    trainer.logger.muted = validated(keep.folder) == trainer.global_step  # its numbers are in TensorBoard already
     result = evaluate.run(trainer, decoder, data, folder, experiment.validation.references, weights)
     if not trainer.is_global_zero:
         return
@@ -240,6 +311,7 @@ def finish(
     board.finish(trainer.logger.experiment, experiment, decoder, result["means"], trainer.global_step)
     summary = {
         "steps": trainer.global_step,
+        "skipped_steps": next((c.skipped for c in trainer.callbacks if isinstance(c, Guard)), 0),
         "clips_seen": decoder.clips_seen,
         "minutes": round(keep.seconds / 60, 2),
     }
@@ -247,6 +319,7 @@ def finish(
         "precision": trainer.precision,
         "device": result["device"],
         "devices": trainer.world_size,
+        **throughput.summary(),
         "scores": means,
     }
     complete = trainer.global_step >= experiment.trainer.max_steps or (budget is not None and budget.is_used_up)
@@ -254,6 +327,7 @@ def finish(
         say(f"stopped by trainer.max_minutes={experiment.trainer.max_minutes}; a larger value goes on from here")
     else:
         keep.finish(summary)
+    keep.note_validated(trainer)
     say(closing_words(keep.folder, summary))
 
 
@@ -276,7 +350,10 @@ def main(arguments: list[str]) -> None:
     name, *overrides = arguments
     quiet()
     experiment = load(name, overrides)
-    folder = train(experiment, name, overrides)
+    try:
+        folder = train(experiment, name, overrides)
+    except (TrainingDiverged, Unwritable) as error:  # their message says all; of other errors the place is wanted
+        raise SystemExit(f"error: {error}") from None
     if experiment.beside:
         if experiment.train_parents:
             train_missing(experiment.beside, overrides)

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from decoders.base import DECODER, VideoDecoder
-from experiments.config import Experiment
+from experiments.config import Experiment, streams
 
 Layout = dict[str, dict[str, list[Any]]]
 BENCHED = {
@@ -50,10 +50,17 @@ def layout() -> Layout:
         },
         "throughput": {
             "clips/s": [CHART, [r"^perf/clips_per_s$"]],
+            "megapixels/s": [CHART, [r"^perf/megapixels_per_s$"]],
             "ms a step": [CHART, [r"^perf/step_ms$"]],
+            "model FLOPs utilisation": [CHART, [r"^perf/mfu$"]],
+            "share of time waiting for data": [CHART, [r"^perf/data_wait$"]],
             "clips seen": [CHART, [r"^clips_seen$"]],
         },
         "memory": {"peak, GiB": [CHART, [r"^perf/peak_memory_gib$"]]},
+        "time": {
+            "hours left": [CHART, [r"^perf/hours_left$"]],
+            "GPU-hours, spent and left": [CHART, [r"^perf/gpu_hours(_left)?$"]],
+        },
         "gradient norms": {"before clipping, by group": [CHART, [r"^grad_norm/.*"]]},
         "learning rates": {"by group": [CHART, [r"^lr/.*"]]},
         "at the end": {
@@ -70,7 +77,7 @@ def begin(writer: SummaryWriter) -> None:
 
 def chosen(experiment: Experiment, decoder: VideoDecoder, steps: int) -> dict[str, int | float | str]:
     """The hyper-parameters that tell runs apart, the same keys for every family."""
-    batches = [stream.batch_size for stream in getattr(experiment.data, "train", {}).values()]
+    batches = [stream.batch_size for where, stream in streams(experiment).items() if where.startswith("data.train.")]
     trainer = experiment.trainer
     return {
         "family": experiment.family.rpartition(".")[2],

@@ -1,9 +1,7 @@
-"""What a run shows while it trains: a progress bar, throughput and memory, and pictures of the same clips each time."""
+"""What a run shows while it trains: a progress bar, and pictures of the same clips each time."""
 
 import io
-import resource
 import sys
-import time
 
 import torch
 from einops import rearrange
@@ -17,57 +15,11 @@ from tqdm import tqdm
 from datamodules.batch import batch_size
 from decoders.base import VideoDecoder
 from experiments.budget import Budget
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class Throughput(Callback):
-    """Logs clips/s over all ranks, step time, peak memory and learning rates; keeps clips/s for the progress bar."""
-
-    def __init__(self) -> None:
-        self.clips_per_s: float | None = None
-        self._start: float | None = None
-        self._clips = 0
-        self._steps = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._start, self._clips, self._steps = time.perf_counter(), 0, 0
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: VideoDecoder, outputs, batch, batch_idx) -> None:
-        self._clips += batch_size(batch) * trainer.world_size
-        if pl_module.batches_seen % trainer.accumulate_grad_batches:
-            return
-        self._steps += 1
-        if self._steps < trainer.log_every_n_steps:
-            return
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        seconds = time.perf_counter() - self._start
-        self.clips_per_s = self._clips / seconds
-        values = {
-            "perf/clips_per_s": self.clips_per_s,
-            "perf/step_ms": 1000 * seconds / self._steps,
-            "perf/peak_memory_gib": peak_memory_gib(pl_module.device),
-        }
-        for group in trainer.optimizers[0].param_groups:
-            values[f"lr/{group['name']}"] = group["lr"]
-        pl_module.log_dict(values)
-        self._reset()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
-        self._reset()  # its time is no training time
+from experiments.throughput import Throughput
 
 
 class Progress(ProgressBar):
-    """One bar over all steps: loss, clips/s and time left. Where there is no terminal, a line now and then.
+    """One bar over all steps: loss, throughput, time and GPU-hours left. Where there is no terminal, a line now and then.
 
     With a budget of time nobody knows how many steps there will be: the bar says which share of the time is used.
     """
@@ -101,8 +53,7 @@ class Progress(ProgressBar):
         moved = trainer.global_step - self._bar.n
         if moved and (self._bar.n + moved) % trainer.log_every_n_steps == 0:
             shown = {"loss": f"{float(outputs['loss']):.4f}"}
-            if self._throughput.clips_per_s:
-                shown["clips/s"] = f"{self._throughput.clips_per_s:.2f}"
+            shown |= self._throughput.shown(pl_module.device.type)
             if (psnr := trainer.callback_metrics.get("val/psnr")) is not None:
                 shown["val_psnr"] = f"{float(psnr):.2f}"
             if self._budget:
@@ -137,7 +88,7 @@ class Reconstructions(Callback):
                 self._shown.append((batch["key"][index], truth, decoded))
 
     def on_validation_end(self, trainer: Trainer, pl_module: VideoDecoder) -> None:
-        if trainer.logger is None or not trainer.is_global_zero:
+        if trainer.logger is None or not trainer.is_global_zero or getattr(trainer.logger, "muted", False):
             return
         writer, step = trainer.logger.experiment, trainer.global_step
         for number, (_, truth, decoded) in enumerate(self._shown):

@@ -110,9 +110,10 @@ def parameters(decoder: Any) -> str:
 
 def stream_table(experiment: Experiment, decoder: Any) -> str:
     """One row per stream: its size in pixels, latents and tokens, per process and step, and the clips that it has."""
-    clips = {where: _clips(experiment, where, stream) for where, stream in streams(experiment).items()}
+    clips = _clips(experiment)
     rows: list[list[Any]] = [list(COLUMNS)]
     places: dict[str, int] = {}
+    named = {f"data.train.{name}" for name in getattr(experiment.data, "train", {})}
     for where, stream in streams(experiment).items():
         n, y, x = latent_shape(experiment, decoder, where, stream)
         places = decoder.tokens(n, y, x)
@@ -121,7 +122,9 @@ def stream_table(experiment: Experiment, decoder: Any) -> str:
         counts = clips[where]
         if isinstance(counts, str):
             num_clips, files = "?", "data not found, see below"
+            share = f"{stream.share:g}" if where in named else f"of {stream.share:g}"  # a bucket's is told by the films
         else:
+            share = f"{counts['share'] * stream.share:.4g}"
             num_clips = f"{counts['clips']:,}"
             left_out = "".join(f", {num:,} {reason}" for reason, num in counts["dropped"].items())
             files = f"{counts['files_used']:,} of {counts['files_found']:,}{left_out}"
@@ -134,7 +137,7 @@ def stream_table(experiment: Experiment, decoder: Any) -> str:
                 ", ".join(f"{place} {number:,}" for place, number in places.items()) if places else tokens,
                 stream.batch_size,
                 tokens * stream.batch_size,
-                f"{stream.share:g}" if where.startswith("data.train.") else "",
+                share if where.startswith("data.train.") else "",
                 num_clips,
                 files,
             ]
@@ -154,29 +157,50 @@ def latent_shape(experiment: Experiment, decoder: Any, where: str, stream: Any) 
     return space.latent_frames(frames), height // space.stride_hw, width // space.stride_hw
 
 
-def _clips(experiment: Experiment, where: str, stream: Any) -> dict[str, Any] | str:
-    """The datamodule's own counts for one stream; or, where its data are not on this machine, what it says about that."""
-    _, split, name = where.split(".")
-    alone = {"train": {}, "val": {}, split: {name: dataclasses.replace(stream, share=1.0)}}
-    datamodule = locate(experiment.datamodule, "datamodule")(dataclasses.replace(experiment.data, **alone))
-    try:
-        return datamodule.describe()[split][name]
-    except FileNotFoundError as error:
-        return str(error)
-    except ValueError as error:  # no clip survives
-        raise ConfigError(str(error)) from None
+def _clips(experiment: Experiment) -> dict[str, dict[str, Any] | str]:
+    """The datamodule's own counts for every stream; or, where its data are not on this machine, what it says about that."""
+    counted: dict[str, dict[str, Any] | str] = {}
+    for split in ("train", "val"):
+        for name, stream in getattr(experiment.data, split, {}).items():
+            alone = {"train": {}, "val": {}, split: {name: dataclasses.replace(stream, share=1.0)}}
+            datamodule = locate(experiment.datamodule, "datamodule")(dataclasses.replace(experiment.data, **alone))
+            try:
+                found = datamodule.describe()[split]
+            except FileNotFoundError as error:
+                found = str(error)
+            except ValueError as error:  # no clip survives
+                raise ConfigError(str(error)) from None
+            for where in streams(experiment):
+                part = where.removeprefix(f"data.{split}.")
+                if part == name or part.rpartition("/")[0] == name:  # a bucket of it
+                    counted[where] = found if isinstance(found, str) else found.get(part) or _none_of(found)
+    return counted
+
+
+def _none_of(buckets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The counts of a bucket without a film, beside those of the others of its stream."""
+    return next(iter(buckets.values())) | {"clips": 0, "files_used": 0, "share": 0.0, "dropped": {}}
 
 
 # --- memory -------------------------------------------------------------------------------------------------------------
 
 
-def memory(experiment: Experiment, decoder: Any) -> str:
-    """An estimate of what a GPU holds in training, at every training size, with the formula."""
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """GiB that a GPU holds in training: ``states`` whatever the size, ``saved`` for the backward pass by stream, and the ``peak``,
+    states included, of a step on the ``largest`` stream."""
+
+    states: float
+    saved: dict[str, float]
+    largest: str
+    peak: float
+
+
+def memory_estimate(experiment: Experiment, decoder: Any) -> Memory | None:
+    """What a step holds, counted over fake tensors; None where there is nothing to train on. Leaves ``decoder`` unusable."""
     trained = sum(p.numel() for _, p in decoder.trainable())
     averaged = sum(p.numel() for p in decoder.inference_parameters().values()) if experiment.ema else 0
     states = (16 * trained + 4 * averaged) / GIB
-    formula = f"(4 weight + 4 gradient + 8 Adam) B x {trained / 1e6:.1f} M"
-    formula += f" + 4 B EMA x {averaged / 1e6:.1f} M" if averaged else ""
     shapes = {
         where.removeprefix("data."): (
             stream.batch_size,
@@ -187,15 +211,29 @@ def memory(experiment: Experiment, decoder: Any) -> str:
         if where.startswith("data.train.")
     }
     if not shapes:
-        return "memory per GPU: data.train has no streams, so there is nothing to train on"
-    precision = experiment.trainer.precision
-    saved, largest, peak = fake_steps(decoder.model, shapes, precision != "32-true", decoder.step_inputs)
-    rows: list[list[Any]] = [["stream", "states GiB", "activations GiB", "together GiB"]]
-    rows += [[where, states, size / GIB, states + size / GIB] for where, size in saved.items()]
+        return None
+    autocast = experiment.trainer.precision != "32-true"
+    saved, largest, peak = fake_steps(decoder.model, shapes, autocast, decoder.step_inputs)
     network = 4 * count_parameters(decoder.model) / GIB  # its gradients are part of the peak
+    saved = {where: size / GIB for where, size in saved.items()}
+    return Memory(states, saved, largest, states - network + peak / GIB)
+
+
+def memory(experiment: Experiment, decoder: Any) -> str:
+    """An estimate of what a GPU holds in training, at every training size, with the formula."""
+    trained = sum(p.numel() for _, p in decoder.trainable())
+    averaged = sum(p.numel() for p in decoder.inference_parameters().values()) if experiment.ema else 0
+    formula = f"(4 weight + 4 gradient + 8 Adam) B x {trained / 1e6:.1f} M"
+    formula += f" + 4 B EMA x {averaged / 1e6:.1f} M" if averaged else ""
+    estimate = memory_estimate(experiment, decoder)
+    if estimate is None:
+        return "memory per GPU: data.train has no streams, so there is nothing to train on"
+    states, precision = estimate.states, experiment.trainer.precision
+    rows: list[list[Any]] = [["stream", "states GiB", "activations GiB", "together GiB"]]
+    rows += [[where, states, size, states + size] for where, size in estimate.saved.items()]
     return (
         f"memory per GPU, estimated\n{table(rows, '  ')}\n"
-        f"  at {largest}, with what the backward pass recomputes and lays aside: {states - network + peak / GIB:.2f} GiB\n"
+        f"  at {estimate.largest}, with what the backward pass recomputes and lays aside: {estimate.peak:.2f} GiB\n"
         f"  states = {formula}\n"
         f"  activations = what the network keeps for its backward pass at this batch size in {precision}, counted tensor\n"
         "  by tensor. Not counted: the encoder, the losses' networks, a discriminator's activations, DDP's buckets,\n"

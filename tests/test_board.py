@@ -30,6 +30,7 @@ def runs(tmp_path_factory) -> dict[str, EventAccumulator]:
         found = {}
         for name in ("flashdecoder_debug", "regen_space_debug"):
             overrides = ["trainer.progress_bar=false", "trainer.max_steps=2", "trainer.val_every_steps=1"]
+            overrides += ["trainer.peak_tflops=1"] * (name == "flashdecoder_debug")
             found[name] = events(train(load(name, overrides), name, overrides))
         return found
 

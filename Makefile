@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := start
-.PHONY: start train list show evaluate sets compare report vote index decode reconstruct bench profile tb test test-slow test-gpu lint flash-attn setup help
+.PHONY: start train replay list show doctor pack check-shards cache-latents evaluate sets compare report vote index decode reconstruct bench profile tb test test-slow test-gpu lint flash-attn setup help
 PORT ?= 6006
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 RUNS_ROOT ?= runs
@@ -37,12 +37,29 @@ train: $(venv) ## Train, or resume where it stopped: make exp=flashdecoder_demo 
 	$(need_exp)
 	@$(python) -m experiments.train $(call quote,$(exp)) $(overrides)
 
+replay: $(venv) ## Compute a step that the guard left out again: make replay exp=NAME [step=N rank=R]
+	$(need_exp)
+	@$(python) -m experiments.replay $(call quote,$(exp)) $(overrides)
+
 list: $(venv) ## Every experiment, with the first line of its header
 	@$(python) -m experiments.show --list
 
 show: $(venv) ## What a run would be, without running it: make show exp=NAME (config, parameters, tokens, clips, memory)
 	$(need_exp)
 	@$(python) -m experiments.show $(call quote,$(exp)) $(overrides)
+
+doctor: $(venv) ## Is this machine fit: make doctor [exp=NAME json=FILE steps_per_s=2.5 only=[films,loader]]; exit status 1 where not
+	@$(python) -m experiments.doctor $(if $(exp),$(call quote,$(exp))) $(overrides)
+
+pack: $(venv) ## A folder into tar shards: make pack in=FOLDER out=DIR [shard_mb=1000 kind=video]
+	@$(python) -m experiments.pack $(overrides)
+
+check-shards: $(venv) ## Are shards whole, readable, safe? make check-shards check=DIR [accept=true]
+	@$(python) -m experiments.pack $(overrides)
+
+cache-latents: $(venv) ## Encode an experiment's training clips once: make cache-latents exp=NAME out=FOLDER [views=2 dtype=float32]
+	$(need_exp)
+	@$(python) -m experiments.cache_latents $(call quote,$(exp)) $(overrides)
 
 evaluate: $(venv) ## Score a trained experiment: make evaluate exp=NAME [sets=[davis] weights=start|ema|last|best]
 	$(need_exp)

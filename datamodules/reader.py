@@ -1,4 +1,4 @@
-"""From a request to pixels. Runs in the workers; decord is imported here and nowhere else.
+"""From a request to pixels. Runs in the workers.
 
 A request says everything: file, frames, crop. So workers hold no state that matters, and a sample depends neither on
 which of them reads it nor on what was read before.
@@ -6,27 +6,25 @@ which of them reads it nor on what was read before.
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
 
+from datamodules.cached import CachedClip, cached_latent
+from datamodules.films import Film, Reader, open_film
 from datamodules.latents import read_clip
 from datamodules.masks import counted_pixels, read_edit, still_frames
 from datamodules.probe import BadFile, check_readable, inspect_video
 from datamodules.procedural import draw_frames
-from datamodules.replay import agrees, read_frames
 from datamodules.stills import load_image, load_reference
 from datamodules.transforms import TooSmall, cover, crop_frames, plan_geometry, resize_frames, to_video
 from datamodules.triples import check_shapes, is_image
+from datamodules.watch import Watch, shortened
 
-_decord_ran = False  # in this process; ClipData then no longer forks
-
-
-def decord_ran() -> bool:
-    """Whether decord was used in this process, after which forked children may hang in it."""
-    return _decord_ran
+TIE_S = 1e-3  # of two frames as near as that the earlier is taken: libraries round times differently
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,14 @@ class ClipRequest:
     mask_form: str = "box"  # SourceConfig.mask
     edited: str = ""  # edit: path of its latent, if it has one; ``latent`` is then (n, y, x)
     still: bool = False  # one frame is read, and repeated
+    cached: CachedClip | None = None  # where the clip's latent lies
     alternates: tuple["ClipRequest", ...] = field(default=(), repr=False)  # tried in order when this one fails
+
+    @property
+    def files(self) -> str:
+        """The files that are opened for it, a line for each; of one without files its name."""
+        named = (self.path, self.input, self.mask, self.edited, self.reference)
+        return "\n".join(path for path in named if path) or self.name
 
 
 @dataclass
@@ -73,10 +78,20 @@ class NoneReadable(RuntimeError):
 
 
 class ClipReader:
-    """Reads requests. ``verify`` and ``film_cache_gib`` are those of ClipDataConfig."""
+    """Reads requests. ``verify``, ``film_cache_gib`` and ``reader`` are those of ClipDataConfig.
 
-    def __init__(self, verify: str = "window", film_cache_gib: float = 0.0):
-        self.verify = verify
+    ``watch`` is told what is read. ``barred``: files (ClipRequest.files, shortened) that are not opened, and why.
+    """
+
+    def __init__(
+        self,
+        verify: str = "window",
+        film_cache_gib: float = 0.0,
+        reader: Reader = "decord",
+        watch: Watch | None = None,
+        barred: dict[bytes, str] | None = None,
+    ):
+        self.verify, self.reader, self.watch, self.barred = verify, reader, watch, barred or {}
         self.cache_bytes = int(film_cache_gib * 2**30)
         self._films: OrderedDict[tuple, _KeptFilm] = OrderedDict()
         self._unkept: set[tuple] = set()
@@ -90,7 +105,11 @@ class ClipReader:
         failures = []
         for candidate in (request, *request.alternates):
             try:
-                tensors, key = self._tensors(candidate)
+                with self._watched(candidate):
+                    tensors, key = self._tensors(candidate)
+                    if candidate.cached is not None:
+                        encoded = tensors.get("source", tensors["video"])
+                        tensors["latent"] = cached_latent(candidate.cached, key, encoded)
                 return Sample(tensors, key, failures, candidate)
             except BadFile as error:
                 failures.append((error.path or candidate.path, str(error)))
@@ -100,6 +119,17 @@ class ClipReader:
         raise NoneReadable(
             f"{len(failures)} clips in a row cannot be read; is the disk still mounted?\n  " + "\n  ".join(reasons)
         )
+
+    @contextmanager
+    def _watched(self, request: ClipRequest) -> Iterator[None]:
+        """Raises BadFile for what made a worker hang or die before."""
+        if self.barred and shortened(request.files) in self.barred:
+            raise BadFile(self.barred[shortened(request.files)])
+        if self.watch is None:
+            yield
+        else:
+            with self.watch.reading(request.files, request.start):
+                yield
 
     def _tensors(self, request: ClipRequest) -> tuple[dict[str, Tensor], str]:
         if request.kind == "latent":
@@ -172,7 +202,7 @@ class ClipReader:
             return still_frames(path, indices)
         try:
             check_readable(path)
-            with _Film(path) as film:
+            with open_film(path, self.reader) as film:
                 if indices.max() >= len(film):
                     raise BadFile(f"has {len(film)} frames, and its film's number {indices.max()} is asked for")
                 return film.frames(indices, self.verify)
@@ -185,7 +215,7 @@ class ClipReader:
             if is_image(path):
                 return load_image(path), 0
             self._check_container(replace(request, path=path))
-            with _Film(path) as film:
+            with open_film(path, self.reader) as film:
                 indices = window_indices(request, film.seconds(request.stop))
                 return film.frames(indices, self.verify), int(indices[0])
         except BadFile as error:
@@ -196,7 +226,7 @@ class ClipReader:
         kept = self._films.get((request.path, request.size, request.resize, request.crop == "resize"))
         if kept is not None:
             return self._from_memory(kept, request)
-        with _Film(request.path) as film:
+        with open_film(request.path, self.reader) as film:
             kept = self._keep_film(film, request) if self.cache_bytes else None
             if kept is not None:
                 return self._from_memory(kept, request)
@@ -227,7 +257,7 @@ class ClipReader:
         indices = window_indices(request, kept.seconds[: request.stop])
         return kept.frames[indices], indices, _geometry(request, kept.native)
 
-    def _keep_film(self, film: "_Film", request: ClipRequest) -> "_KeptFilm | None":
+    def _keep_film(self, film: Film, request: ClipRequest) -> "_KeptFilm | None":
         """Decode and resize the whole film into memory; None where it does not fit or cannot be read as a whole."""
         key = (request.path, request.via or request.size, request.resize, request.crop == "resize")
         if key in self._unkept:
@@ -266,10 +296,10 @@ def window_indices(request: ClipRequest, seconds: np.ndarray) -> np.ndarray:
         indices = start + np.arange(request.num_frames)
     else:
         wanted = seconds[min(start, len(seconds) - 1)] + np.arange(request.num_frames) / request.fps
-        if wanted[-1] > seconds[-1] + 0.5 / request.fps:
+        if wanted[-1] > seconds[-1] + 0.5 / request.fps + TIE_S:
             raise BadFile(f"ends at {seconds[-1]:.2f} s, but the clip needs a frame at {wanted[-1]:.2f} s")
         right = np.clip(np.searchsorted(seconds, wanted), 1, len(seconds) - 1)
-        indices = np.where(wanted - seconds[right - 1] <= seconds[right] - wanted, right - 1, right)
+        indices = np.where(wanted - seconds[right - 1] <= seconds[right] - wanted + TIE_S, right - 1, right)
         if (np.diff(indices) < 1).any():
             raise BadFile(f"frames are too far apart for {request.fps:g} per second from frame {start} on")
     if indices[-1] >= stop:
@@ -285,92 +315,3 @@ def _key(request: ClipRequest, start: int, geometry) -> str:
 def _geometry(request: ClipRequest, frame: tuple[int, int]):
     r = request
     return plan_geometry(frame, r.size, r.resize, r.crop, r.position, r.multiple, r.via)
-
-
-class _Film:
-    """An open video; closed on leaving, whatever happened."""
-
-    def __init__(self, path: str):
-        global _decord_ran
-        import decord
-
-        decord.logging.set_level(decord.logging.QUIET)
-        _decord_ran = True
-        self.path = path
-        self._errors = (decord.DECORDError, RuntimeError)
-        try:
-            self._reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-        except self._errors as error:
-            raise BadFile(_reason(error)) from None
-
-    def __enter__(self) -> "_Film":
-        return self
-
-    def __exit__(self, *_) -> None:
-        del self._reader
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def seconds(self, stop: int) -> np.ndarray:
-        """Times of the first ``stop`` frames in seconds, counted from the first one."""
-        times = self._reader.get_frame_timestamp(np.arange(min(stop, len(self))))[:, 0].astype(np.float64)
-        if not np.isfinite(times).all() or times[0] < -1 or (np.diff(times) < 0).any():
-            raise BadFile("its frames have no usable presentation times; remux it to mp4")
-        return times
-
-    def decode(self, indices: np.ndarray) -> np.ndarray:
-        """The frames as decord has them, uint8 [t, h, w, 3]."""
-        try:
-            frames = self._reader.get_batch(indices).asnumpy()
-        except self._errors as error:
-            raise BadFile(_reason(error)) from None
-        if len(frames) != len(indices):
-            raise BadFile(f"{len(indices)} frames were asked for, {len(frames)} came")
-        return frames
-
-    def frames(self, indices: np.ndarray, verify: str) -> np.ndarray:
-        """The frames, uint8 [t, h, w, 3], with a second opinion: always (``window``), or only if two neighbours are equal.
-
-        Where decord fails, or took other frames than it was asked for, PyAV's are returned. Raises BadFile.
-        """
-        seconds = self.seconds(len(self))[indices]
-        try:
-            frames = self.decode(indices)
-        except BadFile:  # mostly damage; but decord also fails on some sound films, such as narrow ones filmed upright
-            return read_frames(self.path, seconds)
-        repeats = _repeats(frames)
-        if verify == "window" or repeats:
-            ends = {0: frames[0], len(frames) - 1: frames[-1]}
-            if not agrees(self.path, seconds, ends, repeats):
-                frames = read_frames(self.path, seconds)
-        return frames
-
-    def all_frames(self, verify: str, shrink: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """All frames, shrunk piece by piece so that they are never all in memory at full size. Raises BadFile."""
-        num, parts, repeats, last = len(self), [], set(), None
-        for i in range(0, num, 16):
-            frames = self.decode(np.arange(i, min(i + 16, num)))
-            if last is None:
-                first = frames[0].copy()
-            else:
-                repeats |= {i - 1} if np.array_equal(last, frames[0]) else set()
-            repeats |= {i + k for k in _repeats(frames)}
-            last = frames[-1].copy()
-            parts.append(shrink(frames))
-        doubtful = verify == "window" or bool(repeats)
-        if doubtful and not agrees(self.path, self.seconds(num), {0: first, num - 1: last}, repeats):
-            raise BadFile("decord and PyAV read different frames")
-        return np.concatenate(parts)
-
-
-def _repeats(frames: np.ndarray) -> set[int]:
-    """Positions i whose frames i and i + 1 are equal."""
-    return {i for i in range(len(frames) - 1) if np.array_equal(frames[i], frames[i + 1])}
-
-
-def _reason(error: Exception) -> str:
-    """The telling part of decord's messages, which carry a stack trace."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    message = lines[0] if lines else type(error).__name__
-    return "decoding fails: " + message.split("Check failed: ")[-1][:200]

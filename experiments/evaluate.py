@@ -28,9 +28,10 @@ from datamodules import named
 from datamodules.batch import VideoBatch
 from datamodules.clips import NoOtherClip
 from datamodules.config import SourceConfig
+from datamodules.faults import Unreachable
 from datamodules.loaders import UnreadableClip
 from datamodules.quarantine import TooManyBadFiles
-from datamodules.sources import SourceError, find_files
+from datamodules.sources import SourceError, find
 from datamodules.streams import StreamError
 from decoders.base import DECODER, Method, VideoDecoder
 from decoders.latent_spaces.base import LatentSpace, pad_to_valid
@@ -264,7 +265,7 @@ def evaluate(
         trainer.callbacks += [Bar(len(resumed.done))] if experiment.trainer.progress_bar else []
         said = {"sets": {one: named.read(one).protocol for one in sets if one in named.names()}} if sets else {}
         result = run(trainer, decoder, data, folder, experiment.validation.references, about, said | told_by)
-    except (SourceError, StreamError, TooManyBadFiles, UnreadableClip, NoOtherClip) as error:
+    except (SourceError, StreamError, TooManyBadFiles, Unreachable, UnreadableClip, NoOtherClip) as error:
         raise ConfigError(str(error)) from None
     if trainer.is_global_zero:
         resumed.finish()
@@ -303,7 +304,7 @@ def require_files(experiment: Experiment) -> None:
     for name in dict.fromkeys(name for stream in experiment.data.val.values() for name in stream.sources):
         if isinstance(sources.get(name), SourceConfig) and sources[name].kind != "procedural":
             try:
-                find_files(name, sources[name])
+                find(name, sources[name])
             except SourceError as error:
                 raise ConfigError(str(error)) from None
 

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 from datamodules import named
 from datamodules.config import SourceConfig
-from datamodules.sources import SourceError, find_files
+from datamodules.sources import SourceError, find
 from experiments.compose import ConfigError
 from experiments.config import Experiment
 
@@ -30,7 +30,7 @@ def require_sets(experiment: Experiment, sets: Sequence[str]) -> None:
             if source not in experiment.data.val[one].sources:
                 continue  # the experiment's own set of this name
             try:
-                find_files(source, experiment.data.sources[source])
+                find(source, experiment.data.sources[source])
             except SourceError as error:
                 raise ConfigError(f"{error}\n{named.read(one).help()}") from None
 
@@ -52,7 +52,7 @@ def listed() -> str:
     for one in map(named.read, named.names()):
         try:
             for source, config in one.sources.items():
-                find_files(source, SourceConfig(**config))
+                find(source, SourceConfig(**config))
             here = "yes"
         except SourceError:
             here = "no"

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from video_files import decoded, index_of, keys, make_film, take
 
-from datamodules import loaders, reader
+from datamodules import films, reader, workers
 from datamodules.clips import ClipData
 from datamodules.config import ClipDataConfig, CropConfig, SourceConfig, StreamConfig
 from datamodules.samples import sample_config
@@ -174,7 +174,7 @@ def test_validation_streams_are_separate_loaders_with_names(folder):
 
 
 def test_describe_counts_without_decoding(folder, monkeypatch):
-    monkeypatch.setattr(reader, "_Film", None)
+    monkeypatch.setattr(reader, "open_film", None)
     data = ClipData(config(folder))
     video = data.describe()["train"]["video"]
     assert (video["files_found"], video["files_used"], video["clips"], video["dropped"]) == (8, 8, 16, {})
@@ -200,15 +200,15 @@ def test_shapes_that_cannot_be_encoded_are_refused_before_any_work():
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_other_start_methods_work_after_decord_ran_here(folder, method):
     take(ClipData(config(folder)), 1)
-    assert reader.decord_ran()
+    assert films.decord_ran()
     assert len(take(ClipData(config(folder, num_workers=1, start_method=method, timeout_s=120)), 3)) == 3
 
 
 def test_fork_is_avoided_once_decord_ran(monkeypatch):
     for ran, expected in ((False, "fork"), (True, "forkserver")):
-        monkeypatch.setattr(loaders, "decord_ran", lambda ran=ran: ran)
-        assert loaders._start_method("auto") == expected
-        assert loaders._start_method("spawn") == "spawn"
+        monkeypatch.setattr(workers, "decord_ran", lambda ran=ran: ran)
+        assert workers._start_method("auto") == expected
+        assert workers._start_method("spawn") == "spawn"
 
 
 class Saboteur(reader.ClipReader):
@@ -237,7 +237,7 @@ class Saboteur(reader.ClipReader):
 )
 def test_trouble_in_a_worker_is_told_clearly(folder, monkeypatch, how, error, message):
     monkeypatch.setattr(Saboteur, "how", how)
-    monkeypatch.setattr(loaders, "ClipReader", Saboteur)
+    monkeypatch.setattr(workers, "ClipReader", Saboteur)
     made = config(folder, num_workers=1, timeout_s=2, start_method="fork")
     with pytest.raises(error, match=message):
         take(ClipData(made), 1)
@@ -325,7 +325,7 @@ def test_memory_does_not_grow_over_ten_thousand_clips(folder):
     for number, _ in enumerate(loader):
         data.batch_consumed()
         if number in (500, 1500, 2500):
-            (worker,) = loader._loader._iterator._workers
+            (worker,) = loader._workers._iterator._workers
             sizes.append((resident_mib(worker.pid), resident_mib(os.getpid())))
         if number == 2500:
             break

@@ -235,10 +235,10 @@ def test_a_listed_film_is_inspected_before_it_is_read(tmp_path):
 
 def test_repeats_that_are_not_in_the_file_are_never_delivered(film, monkeypatch):
     """Were decord to repeat a frame, its window is replaced by what the file holds."""
-    from datamodules.reader import _Film
+    from datamodules.films import DecordFilm
 
-    honest = _Film.decode
-    monkeypatch.setattr(_Film, "decode", lambda self, i: honest(self, i)[np.minimum(np.arange(len(i)), 3)])
+    honest = DecordFilm.decode
+    monkeypatch.setattr(DecordFilm, "decode", lambda self, i: honest(self, i)[np.minimum(np.arange(len(i)), 3)])
     for verify in ("window", "packets"):
         video, _ = ClipReader(verify).read_one(request(film, 7))
         assert index_of(video, decoded(film)) == list(range(7, 16))

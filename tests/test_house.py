@@ -11,7 +11,23 @@ import yaml
 ROOT = Path(__file__).parent.parent
 LONGEST_FILE = 400
 TARGETS = {"train", "list", "show", "evaluate", "bench", "tb", "test", "test-slow", "test-gpu", "lint", "flash-attn"}
-TARGETS |= {"sets", "decode", "reconstruct", "profile", "compare", "report", "vote", "index", "setup", "help"}
+TARGETS |= {
+    "replay",
+    "doctor",
+    "pack",
+    "check-shards",
+    "cache-latents",
+    "sets",
+    "decode",
+    "reconstruct",
+    "profile",
+    "compare",
+    "report",
+    "vote",
+    "index",
+    "setup",
+    "help",
+}
 
 
 def tracked() -> list[Path]:

@@ -58,7 +58,8 @@ class Regen(VideoDecoder):
         self.terms = frozenset({"diffusion", "kl"} if objective.variational else {"diffusion"})
         self.model = self.build_model(config, latent_space)
         self.encoder = None if config.encoder is None else Magvit2Encoder(config.encoder, objective.variational)
-        self._used: tuple[float, float] | None = None  # shares of the time at the last two steps, where time ends the run
+        # Shares of the time at the last two steps, where time ends the run.
+        self._used: tuple[float, float] | None = None
         self.moments = Moments(latent_space.channels)
         self.interpolator = Interpolator(objective.interpolator) if objective.interpolator else None
         self._task: Task = "reconstruct"

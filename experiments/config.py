@@ -279,15 +279,38 @@ def streams(experiment: Experiment) -> dict[str, Any]:
     return {f"data.{split}.{name}": stream for split in splits for name, stream in splits[split].items()}
 
 
+def with_defaults(written: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """``written``, a configuration as :func:`as_dict` gives it, perhaps by an older version of this code: keys that it lacks,
+    because there were none of the kind, with their dataclasses' defaults."""
+
+    def filled(old: Any, new: Any) -> Any:
+        if not isinstance(old, dict):
+            return old
+        if isinstance(new, dict):
+            return {key: filled(value, new.get(key)) for key, value in old.items()}
+        if not dataclasses.is_dataclass(new):
+            return old
+        found = {key: filled(value, getattr(new, key, None)) for key, value in old.items()}
+        for one in dataclasses.fields(new):
+            made = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+            if one.name not in old and made is not dataclasses.MISSING:
+                found[one.name] = _plain(made)
+        return found
+
+    return filled(written, experiment)
+
+
 def as_dict(experiment: Experiment) -> dict[str, Any]:
     """Plain dictionaries, lists and scalars, as they go to YAML."""
+    return _plain(experiment)
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(child) for key, child in value.items()}
-        return [plain(child) for child in value] if isinstance(value, list | tuple) else value
 
-    return plain(dataclasses.asdict(experiment))
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    return [_plain(child) for child in value] if isinstance(value, list | tuple) else value
 
 
 def resolved_yaml(experiment: Experiment) -> str:

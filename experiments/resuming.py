@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.compose import ConfigError
-from experiments.config import Experiment, resolved_yaml
+from experiments.config import Experiment, as_dict, with_defaults
 from experiments.runs import CONFIG, LAST, VALIDATED, diff
 
 
@@ -93,12 +94,11 @@ def check_resume(experiment: Experiment, folder: Path) -> Resumed | None:
     path = folder / LAST
     if not path.is_file():
         return None
-    now = resolved_yaml(experiment)
     if (folder / CONFIG).is_file():
         _refuse_changes(
             f"{folder} was begun under another configuration",
             (folder / CONFIG).read_text(),
-            now,
+            experiment,
             "undo the change, give it as an override (which makes another run), or move the folder away",
         )
     state = read_checkpoint(path)
@@ -107,15 +107,15 @@ def check_resume(experiment: Experiment, folder: Path) -> Resumed | None:
         _refuse_changes(
             f"{path} is a checkpoint of {about['experiment']}, under another configuration",
             about["config"],
-            now,
+            experiment,
             "put this run's own checkpoint back, or move the file away: weights alone are taken over by init_from=",
         )
     owed = bool(about.get("validation_owed")) and validated(folder) != state["global_step"]
     return Resumed(path, state["global_step"], owed, dict(about.get("scalars") or {}) if owed else {})
 
 
-def _refuse_changes(said: str, before: str, now: str, advice: str) -> None:
-    if changes := diff(before, now):
+def _refuse_changes(said: str, before: str, now: Experiment, advice: str) -> None:
+    if changes := diff(with_defaults(yaml.safe_load(before), now), as_dict(now)):
         raise ConfigError(f"{said}:\n  " + "\n  ".join(changes) + f"\n{advice}")
 
 

@@ -308,6 +308,7 @@ def test_objectives_that_cannot_work_are_refused():
         load("flash_vaed_debug", ["objective.crop=8"])
 
 
+@pytest.mark.slow
 def test_turbo_vaeds_layout_learns_from_a_teacher_of_another_width(runs_root: Path):
     """Its own operators, upsampling and widths; features through trained projections that inference does not have."""
     turbo = [

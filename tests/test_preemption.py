@@ -79,6 +79,7 @@ class Snapshots(Callback):
             self.take(trainer, "after a validation")
 
 
+@pytest.mark.slow
 def test_numbers_in_tensorboard_are_neither_lost_nor_doubled(tmp_path: Path, monkeypatch) -> None:
     moments, real = Snapshots(tmp_path / "killed"), Checkpoints.save
 

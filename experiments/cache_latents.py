@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datamodules.batch import VideoBatch
-from datamodules.cached import Record, ShardWriter, look_of
+from datamodules.cached import Record, ShardWriter, look_of, remove_left
 from datamodules.faults import Unreachable
 from datamodules.latent_cache import (
     CacheError,
@@ -172,7 +172,11 @@ def prepare(name: str, options: CacheOptions, overrides: Sequence[str]) -> Work:
         per_shard = max(1, min(len(some), int(options.shard_mb * 2**20 / record_bytes[stream])))
         parts[stream] = StreamPart(protocol_of(some), len(some), per_shard)
     wanted = Manifest(about_encoder(experiment, decoder), options.dtype, options.views, parts)
-    manifest = agree(folder, wanted)
+    try:
+        manifest = agree(folder, wanted)
+    except OSError as error:
+        raise ConfigError(f"out: {folder} cannot be written to: {error.strerror or error}") from None
+    remove_left(folder)
     check_room(folder, manifest, record_bytes)
     return Work(decoder, data, folder, manifest, process, experiment.trainer.progress_bar and process.rank == 0)
 
@@ -240,7 +244,7 @@ def requests(work: Work, shards: list[Shard]) -> Iterator[ClipRequest]:
 
 
 def encode(work: Work) -> None:
-    """Encode this process's share, file by file. Raises TooManyBadFiles, OSError, ValueError."""
+    """Encode this process's share, file by file. Raises TooManyBadFiles, OSError, ConfigError."""
     shards = work.mine()
     bar = tqdm(total=sum(shard.num for shard in shards), unit="clip", disable=not work.show, file=sys.stderr)
     samples = read_singly(work.data.config, requests(work, shards))
@@ -272,7 +276,12 @@ def _encode_one(work: Work, writer: ShardWriter, batch: VideoBatch) -> None:
     mean, log_variance = work.decoder.latent_space.moments(work.decoder.fitted(clip.to(work.process.device)))
     work.rounding.add(mean, work.manifest.dtype)
     variance = None if log_variance is None else log_variance[0].cpu()
-    writer.add(Record(batch["key"][0], mean[0].cpu(), variance, look_of(clip[0])))
+    try:
+        writer.add(Record(batch["key"][0], mean[0].cpu(), variance, look_of(clip[0])))
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}: dtype=float32 holds larger ones; where they are not finite, the encoder is broken"
+        ) from None
 
 
 def finish(work: Work) -> str:
@@ -286,9 +295,10 @@ def finish(work: Work) -> str:
     work.manifest.sizes = {shard.name: (work.folder / shard.name).stat().st_size for shard in shards}
     work.manifest.save(work.folder)
     total = sum(shard.num for shard in shards)
+    drawn = f" {KEY}.sample=true" if work.decoder.samples_latents and work.decoder.latent_space.gaussian else ""
     return (
         f"{done}\n{work.folder} is complete: {total} latents, {work.manifest.views} of each clip, "
-        f"{sum(work.manifest.sizes.values()) / GIB:.3g} GiB. To train on them: {KEY}.path={work.folder}"
+        f"{sum(work.manifest.sizes.values()) / GIB:.3g} GiB. To train on them: {KEY}.path={work.folder}{drawn}"
     )
 
 

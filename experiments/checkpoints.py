@@ -38,6 +38,7 @@ from experiments.runs import CONFIG, DONE, LAST, VALIDATED
 from experiments.signals import Signals
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.ENOTDIR)
 GONE = (errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ENODEV, errno.EROFS, errno.EHOSTDOWN)
 
 
@@ -61,8 +62,12 @@ def explained(error: Exception, path: Path) -> Exception:
     # torch reports a failed write as RuntimeError of one of these texts, safetensors as an error of its own
     if number in FULL or any(sign in str(error) for sign in ("PytorchStreamWriter", "unexpected pos", "No space left")):
         return DiskFull(
-            f"no room to write {path}. The checkpoint before it is intact: free some space, or move the run's folder "
+            f"no room to write {path}. What was written before it is intact: free some space, or move the run's folder "
             "and set RUNS_ROOT, then run the same command to resume"
+        )
+    if number in FORBIDDEN:
+        return Unwritable(
+            f"{path} cannot be written ({os.strerror(number)}): use a folder of yours, for runs by RUNS_ROOT"
         )
     if number in GONE:
         return FolderGone(
@@ -92,7 +97,15 @@ def folder_gone(folder: Path) -> FolderGone:
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` on a temporary neighbour of ``path`` and put it in place only once it is whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise explained(error, path) from error
+        reason = error.strerror or type(error).__name__
+        raise Unwritable(
+            f"the folder {path.parent} cannot be made ({reason}): use one that can be written, for runs by RUNS_ROOT"
+        ) from error
     for left in path.parent.glob(
         f".{glob.escape(path.name)}.*.tmp"
     ):  # by a write that was killed; nobody else writes this file

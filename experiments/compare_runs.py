@@ -17,7 +17,7 @@ from experiments import compose
 from experiments import weights as weights_of
 from experiments.checkpoints import LAST, Checkpoints
 from experiments.compose import ConfigError, flatten
-from experiments.config import Experiment, as_dict, build_decoder, build_space, load
+from experiments.config import Experiment, as_dict, build_decoder, build_space, load, with_defaults
 from experiments.runs import CONFIG, DONE, WEIGHTS, find_parent, is_neutral, run_name, runs_root
 from experiments.show import count_parameters
 
@@ -86,7 +86,8 @@ def overrides_of(name: str) -> list[str]:
     if not (folder_of(name) / CONFIG).is_file():
         load(stem(name), spelled)  # a typo is told
         return spelled
-    kept, plain = flatten(config(name)), flatten(as_dict(load(stem(name))))
+    experiment = load(stem(name))
+    kept, plain = flatten(with_defaults(config(name), experiment)), flatten(as_dict(experiment))
     keys = sorted(key for key in kept.keys() | plain.keys() if kept.get(key) != plain.get(key) and not is_neutral(key))
     for overrides in (spelled, [f"{key}={json.dumps(kept.get(key))}" for key in keys]):
         try:

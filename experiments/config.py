@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from decoders.training import TrainingConfig, check_loss_weights
@@ -293,7 +293,7 @@ def with_defaults(written: dict[str, Any], experiment: Experiment) -> dict[str, 
         found = {key: filled(value, getattr(new, key, None)) for key, value in old.items()}
         for one in dataclasses.fields(new):
             made = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-            if one.name not in old and made is not dataclasses.MISSING:
+            if one.name not in old and made not in (dataclasses.MISSING, MISSING):
                 found[one.name] = _plain(made)
         return found
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning import Trainer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from datamodules.batch import VideoBatch
 from experiments import runs, show
 from experiments.bench_worker import matmul_rate
-from experiments.config import Experiment, build_decoder, resolved_yaml, streams
+from experiments.config import Experiment, as_dict, build_decoder, streams, with_defaults
 
 Shape = tuple[int, ...]
 
@@ -156,16 +157,19 @@ def earlier_run(
     ``device``: as ``done.json`` has it. Runs that differ in more than :data:`SAME_COST` are passed over; None: there is none.
     """
     root = root or runs.runs_root()
-    text, best = resolved_yaml(experiment), (-math.inf, None)
+    now, best = as_dict(experiment), (-math.inf, None)
     for path in root.glob(f"{name}*/{runs.DONE}") if root.is_dir() else ():
         folder = path.parent
         if folder.name.partition("+")[0] != name or not (folder / runs.CONFIG).is_file():
             continue
-        done = json.loads(path.read_text())
+        try:
+            done, before = json.loads(path.read_text()), yaml.safe_load((folder / runs.CONFIG).read_text())
+        except (OSError, ValueError, yaml.YAMLError):  # another run's file: this one can do without
+            continue
         same = (done.get("device"), done.get("devices")) == (device, devices)
         if not same or not done.get("steps") or not done.get("minutes"):
             continue
-        changed = [line.partition(":")[0] for line in runs.diff((folder / runs.CONFIG).read_text(), text)]
+        changed = [line.partition(":")[0] for line in runs.diff(with_defaults(before, experiment), now)]
         if all(any(fnmatchcase(key, pattern) for pattern in SAME_COST) for key in changed):
             found = Before(folder.name, 60 * done["minutes"] / done["steps"], done)
             best = max(best, (path.stat().st_mtime, found), key=lambda entry: entry[0])

@@ -87,6 +87,8 @@ def main(arguments: list[str]) -> int:
             f"{overrides[0]} is no option of doctor ({', '.join(sorted(own))}); name an experiment to change it"
         )
     quiet()
+    if config.json and not Path(config.json).absolute().parent.is_dir():
+        raise ConfigError(f"json={config.json}: there is no folder {Path(config.json).absolute().parent}")
     experiment = load(name, overrides) if name else None
     findings = []
     for finding in examine(experiment, name or "", overrides, config):

@@ -157,9 +157,10 @@ class Case:
         speed = loader.clips(requests, data, seconds)
         self.clip_s[name] = speed.clip_s
         numbers = {"reader": data.reader, **speed.to_dict()}
+        by = f" by {data.reader}, verify {data.verify}" if "video" in kinds else ""  # nothing else is read by them
         says = (
             f"{1e3 * speed.clip_s:.0f} ms of a core for {stream.total_frames} frames of {'x'.join(map(str, stream.size))}: "
-            f"{loader.told(speed)} frames/s of a core by {data.reader}, verify {data.verify}; {where}"
+            f"{loader.told(speed)} frames/s of a core{by}; {where}"
         )
         if kinds != {"video"}:
             return Finding("OK", what, says, "", numbers)

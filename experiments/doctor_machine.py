@@ -231,6 +231,10 @@ def check_runs_disk(folder: Path, mib: int, needed: int, keep_s: str = "") -> Fi
     """Speed and room of the disk that runs are written to. ``needed``: bytes of a run's checkpoints, 0 where none is asked about."""
     there = existing(folder)
     path = there / f".doctor-{os.getpid()}.tmp"
+    room = shutil.disk_usage(there).free
+    if room and mib * MIB > room / 10:  # others write there too
+        says = f"{there} has {room / GIB:.1f} GiB free, of which disk_mb={mib} is too large a part to try"
+        return Finding("FAIL", "disk of runs", says, "free some room, set RUNS_ROOT to a larger disk, or lower disk_mb")
     noise = os.urandom(BLOCK)  # what a file system cannot compress away, at least within a block
     try:
         try:

@@ -15,6 +15,7 @@ from torch.distributed import TCPStore
 
 POLL_S = 0.5
 LEAVE_S = 120.0  # what a process that fails has for saving
+REQUEUE_S = 70.0  # what the first process has for asking the scheduler, at most
 SILENT_S = 60.0  # a process that gave no sign of life for so long is taken for dead
 
 
@@ -22,6 +23,12 @@ def reason(error: BaseException) -> str:
     """What went wrong, in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _say(line: str) -> None:
+    """In one piece, as other processes write there too."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 class FailFast(Callback):
@@ -65,19 +72,21 @@ class FailFast(Callback):
             first = self._said_by_nobody(text)
         if first != text:
             self._leave(first)
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        _say(f"error: {text}")
         time.sleep(3 * POLL_S)  # where the store is this process's, the others must read it before it is gone
 
     def close(self) -> None:
-        """This process needs the others no more. The first one, who may hold the store, waits a moment for the rest."""
+        """This process needs the others no more. The first one, who may hold the store, waits a moment for the rest. These wait
+        for it: it may still have the job queued again, and launchers end it with the first process that leaves."""
         if self._store is None:
             return
         self._over.set()
         try:
             self._store.set(self._key(f"beat{self.rank}"), "done")
-            until = time.monotonic() + 10.0
-            while self.rank == 0 and time.monotonic() < until and not self._reported:
-                if all(self._beat(rank) == "done" for rank in range(self.world_size)):
+            others, wait_s = ([0], REQUEUE_S) if self.rank else (range(self.world_size), 10.0)
+            until = time.monotonic() + wait_s
+            while time.monotonic() < until and not self._reported:
+                if all(self._beat(rank) == "done" for rank in others):
                     break
                 time.sleep(0.05)
         except RuntimeError:  # the store is gone already
@@ -127,7 +136,7 @@ class FailFast(Callback):
         """End this process at once: its main thread may wait for the failed one without end."""
         if self._over.is_set() and not self._reported:
             return
-        print(f"error: {why} (rank {self.rank} ends with it)", file=sys.stderr, flush=True)
+        _say(f"error: {why} (rank {self.rank} ends with it)")
         os._exit(1)
 
     def _said_by_nobody(self, text: str) -> str:

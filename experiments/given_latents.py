@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from datamodules.latent_cache import CacheError
@@ -66,6 +67,8 @@ def give(experiment: Experiment, decoder: VideoDecoder, data: Any, name: str, ov
             f"{KEY}.sample=true, or objective.sample=false"
         )
     try:
-        data.use_cache(about_encoder(experiment, decoder), command(name, overrides, wanted.path))
+        data.use_cache(
+            about_encoder(experiment, decoder), command(name, overrides, str(Path(wanted.path).expanduser()))
+        )
     except CacheError as error:
         raise ConfigError(f"{KEY}.path: {error}") from None

@@ -49,6 +49,7 @@ PROGRESS = ".pack.jsonl"  # in ``out``, while it is not finished
 SKIPPED = "skipped.csv"
 BESIDE = (".txt", ".json")
 MAX_BESIDE = 16 * 2**20
+MAX_KEY = 960  # characters; with a number and a suffix it must stay below shards_tar.MAX_NAME
 CHUNK = 64  # files that are looked at together
 
 
@@ -128,16 +129,19 @@ def pack(config: PackConfig, say: Callable[[str], None] = print) -> None:
     mark = _mark(config, files)
     if (out / FILE).exists():
         return _finished(out, mark, say)
-    out.mkdir(parents=True, exist_ok=True)
-    packer = _Packer(config, files, out, mark)
-    packer.resume()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        packer = _Packer(config, files, out, mark)
+        packer.resume()
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be written to: {error.strerror or error}") from None
     try:
         packer.run()
+        packer.finish()
     except OSError as error:
         raise ConfigError(
             f"{error.filename or out}: {error.strerror or error}; the shards that are whole stay, and the same command goes on after them"
         ) from None
-    packer.finish()
     say(packer.summary())
 
 
@@ -157,17 +161,21 @@ def _files(config: PackConfig) -> list[File]:
 
 
 def _mark(config: PackConfig, files: list[File]) -> str:
-    """Of all that decides what the shards are: the options, and names, sizes and times of the files."""
+    """Of all that decides what the shards are: the options, and names, sizes and times of the files and of what lies beside them."""
     mark = hashlib.sha256(f"{config.kind} {config.shard_mb}".encode())
     for file in files:
-        try:
-            stat = os.stat(file.path)
-        except OSError as error:
-            told = f"{error.errno}"
-        else:
-            told = f"{stat.st_size} {stat.st_mtime_ns}"
+        bare = os.path.splitext(file.path)[0]
+        told = " ".join(map(_state, (file.path, *(bare + end for end in BESIDE))))
         mark.update(f"\n{file.name} {told}".encode("utf-8", "surrogateescape"))
     return mark.hexdigest()
+
+
+def _state(path: str) -> str:
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        return f"{error.errno}"
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def _finished(out: Path, mark: str, say: Callable[[str], None]) -> None:
@@ -179,12 +187,17 @@ def _finished(out: Path, mark: str, say: Callable[[str], None]) -> None:
 
 
 def samples_of(files: list[File]) -> Iterator[Sample]:
-    """Each file with its key; one whose key is taken gets a number."""
+    """Each file with its key, which is safe to use; one whose key is taken gets a number."""
     taken: Counter[str] = Counter()
     for file in files:
         stem = os.path.splitext(file.name.removeprefix("in/"))[0]
         parts = ["_" if part == ".." else part.replace(".", "_") for part in stem.split("/") if part not in ("", ".")]
-        base = key = "".join("_" if ord(char) < 32 or ord(char) == 127 else char for char in "/".join(parts)) or "_"
+        base = "".join("_" if ord(char) < 32 or char in "\\\x7f" else char for char in "/".join(parts)) or "_"
+        base = base[0] + "_" + base[2:] if base[1:2] == ":" else base  # C:film would be refused as an absolute path
+        if len(base) > MAX_KEY:
+            digest = hashlib.sha256(base.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+            base = f"{base[:MAX_KEY]}-{digest}"
+        key = base
         while taken[key]:
             taken[base] += 1
             key = f"{base}-{taken[base]}"

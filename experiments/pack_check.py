@@ -18,7 +18,7 @@ from datamodules.shards import Member
 from datamodules.shards_index import is_clip, probe
 from datamodules.shards_json import COLUMNS, FILE, Packed, parse_index, write_index
 from datamodules.shards_tar import Bytes, Entry, opened, walk
-from datamodules.sources import SUFFIXES
+from datamodules.sources import SUFFIXES, TARS
 from experiments.compose import ConfigError
 from experiments.pack import MAX_BESIDE, write_whole
 
@@ -77,7 +77,7 @@ def _shards(folder: str) -> list[str]:
         raise ConfigError(f"check: {folder} is on a server; check shards where they lie on a disk")
     if not os.path.isdir(folder):
         raise ConfigError(f"check: {folder} is no folder")
-    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(".tar") and not name.startswith("."))
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(TARS) and not name.startswith("."))
     if not names:
         raise ConfigError(f"check: {folder} has no shards (.tar) in it")
     return names

@@ -16,6 +16,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from datamodules.faults import Unreachable
+from datamodules.index import NotNormalised
+from datamodules.loaders import UnreadableClip
+from datamodules.quarantine import TooManyBadFiles
+from datamodules.sources import SourceError
+from datamodules.streams import StreamError
 from decoders.base import VideoDecoder
 from decoders.optimisation import TrainingDiverged
 from experiments import board, compare, cost, evaluate, given_latents
@@ -50,6 +56,17 @@ from experiments.strategy import Sharded, check_sharding, compile_network
 from experiments.throughput import Throughput
 
 say = rank_zero_only(print)
+# Their messages say all; of other errors the place is wanted too.
+TOLD = (
+    TrainingDiverged,
+    Unwritable,
+    SourceError,
+    StreamError,
+    NotNormalised,
+    TooManyBadFiles,
+    UnreadableClip,
+    Unreachable,
+)
 
 
 def choose_precision(wanted: str, accelerator: str) -> str:
@@ -249,6 +266,10 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # What is logged of a validation is gathered before, or of one process by intent.
+    warnings.filterwarnings("ignore", message=r".*It is recommended to use `self\.log\(.*sync_dist=True.*")
+    # Of a guard, a budget or a limit of time that the run had before and has no more.
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
     warnings.filterwarnings(
         "ignore", message=".*Total length of .* across ranks is zero.*"
     )  # streams of which no clip is wanted
@@ -352,7 +373,7 @@ def main(arguments: list[str]) -> None:
     experiment = load(name, overrides)
     try:
         folder = train(experiment, name, overrides)
-    except (TrainingDiverged, Unwritable) as error:  # their message says all; of other errors the place is wanted
+    except TOLD as error:
         raise SystemExit(f"error: {error}") from None
     if experiment.beside:
         if experiment.train_parents:

@@ -15,7 +15,7 @@ from omegaconf import MISSING
 
 from experiments import compose, runs, show
 from experiments.compose import ConfigError
-from experiments.config import as_dict, build_space, check_sizes, load, require_paths, resolved_yaml
+from experiments.config import as_dict, build_space, check_sizes, load, require_paths, resolved_yaml, with_defaults
 
 ROOT = Path(__file__).parent.parent
 NAMES = compose.names()
@@ -322,6 +322,16 @@ def test_diff(suite):
     after = resolved_yaml(load("toy", ["optim.lr=2e-3", "loss_weights.mse=1", "trainer.devices=4", "seed=0"]))
     assert runs.diff(before, before) == []
     assert runs.diff(before, after) == ["loss_weights.mse: (absent) -> 1", "optim.lr: 0.001 -> 0.002"]
+
+
+def test_keys_that_came_later_are_no_difference(suite):
+    now = load("toy", ["data.train.small.resize=none"])
+    old = as_dict(load("toy"))
+    del old["decoder"]["width"], old["trainer"]["guard"], old["pad"], old["data"]["train"]["small"]["resize"]
+    assert runs.diff(with_defaults(old, load("toy")), as_dict(load("toy"))) == []
+    assert runs.diff(with_defaults(old, now), as_dict(now)) == ['data.train.small.resize: "crop" -> "none"']
+    old["data"]["gone"] = 1  # what there is no more has no default to compare with
+    assert runs.diff(with_defaults(old, load("toy")), as_dict(load("toy"))) == ["data.gone: 1 -> (absent)"]
 
 
 def test_parents_are_found_by_name(suite, runs_root):

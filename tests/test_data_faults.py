@@ -2,6 +2,7 @@
 
 import ctypes
 import io
+import multiprocessing
 import os
 import signal
 import struct
@@ -117,6 +118,19 @@ def test_a_validation_clip_that_hangs_is_an_error_that_names_it(films, monkeypat
 
 
 # ---- workers that are killed
+
+
+def test_a_signal_to_the_whole_group_ends_no_worker(films, caplog):
+    """SLURM's SIGUSR1 is for the training process; workers of any kind start with it withheld, as forkserver's server does."""
+    data = ClipData(config(films), seed=4)
+    iterator = iter(data.train_dataloader())
+    before = [next(iterator)["key"]]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGUSR1)
+    found = before + [next(iterator)["key"] for _ in range(5)]
+    assert found == keys(take(ClipData(config(films, num_workers=0), seed=4), 6))
+    assert not [record for record in caplog.records if "reading begins again" in record.message]
+    assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # this process still gets it
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("auto", marks=pytest.mark.slow)])

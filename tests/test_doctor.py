@@ -104,6 +104,7 @@ def test_without_an_experiment(runs_root: Path, capsys) -> None:
         (["optim.lr=1"], "name an experiment to change it"),
         (["skip=[everything]"], "there is no check everything"),
         (["ranks=1"], "ranks must be 2"),
+        (["json=no/such/doctor.json"], "there is no folder"),
         (["mfu=2"], "mfu in"),
         (["film_frames=5"], "less than num_frames"),
         ([NAME, "no.such=1"], "no such key"),
@@ -156,6 +157,8 @@ def test_disk(tmp_path: Path, monkeypatch) -> None:
     assert doctor_machine.check_runs_disk(folder, 4, needed=int(0.7 * free)).status == "WARN"
     full = doctor_machine.check_runs_disk(folder, 4, needed=2 * free)
     assert full.status == "FAIL" and "RUNS_ROOT" in full.advice
+    greedy = doctor_machine.check_runs_disk(folder, free // 2**20 // 2, needed=0)  # other runs would find the disk full
+    assert greedy.status == "FAIL" and "too large a part" in greedy.says and "disk_mb" in greedy.advice
     monkeypatch.setattr(doctor_machine, "existing", lambda folder: Path("/proc"))
     refused = doctor_machine.check_runs_disk(folder, 4, needed=0)
     assert refused.status == "FAIL" and "cannot be written" in refused.says

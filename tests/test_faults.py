@@ -12,13 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning import Callback
+from torch.distributed import TCPStore
 
 from experiments import background, checkpoints
 from experiments import train as training
 from experiments.checkpoints import LAST, DiskFull, FolderGone
 from experiments.compose import ConfigError
 from experiments.config import load
+from experiments.failfast import FailFast
+from experiments.resuming import check_resume
+from experiments.runs import CONFIG
 from experiments.train import train
 from tests.test_train import QUICK, At, _assert_same
 
@@ -97,6 +102,38 @@ def test_a_checkpoint_of_another_experiment_is_refused_with_the_difference(folde
     torch.save(state, folder / LAST)
     with pytest.raises(ConfigError, match=r"checkpoint of other.*\n  optim\.lr: 0\.007 -> 0\.002"):
         run()
+
+
+def test_a_run_begun_before_a_key_existed_goes_on(folder: Path) -> None:
+    state = torch.load(folder / LAST, weights_only=True)
+    kept = yaml.safe_load((folder / CONFIG).read_text())
+    del kept["data"]["latent_cache"], kept["optim"]["warmup_from"]
+    (folder / CONFIG).write_text(yaml.safe_dump(kept))
+    state["run"]["config"] = yaml.safe_dump(kept)
+    torch.save(state, folder / LAST)
+    assert check_resume(load(NAME, QUICK), folder).step == 4
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match=r"^error: the folder .* cannot be made \(Not a directory\): .*RUNS_ROOT"):
+        training.main([NAME, *QUICK])
+
+
+def test_no_process_leaves_before_the_first_has_asked_for_the_requeue() -> None:
+    """With --kill-on-bad-exit, or torchrun, the one that leaves first ends the others."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, second = FailFast(), FailFast()
+    first.rank, second.rank, first.world_size, second.world_size = 0, 1, 2, 2
+    first._store, second._store = server, TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+    leaving = threading.Thread(target=second.close, daemon=True)
+    leaving.start()
+    time.sleep(0.3)
+    assert leaving.is_alive()
+    first.close()
+    leaving.join(5)
+    assert not leaving.is_alive()
 
 
 @pytest.mark.filterwarnings(

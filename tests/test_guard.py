@@ -155,6 +155,20 @@ def test_a_step_is_computed_again_from_its_place_in_the_data(runs_root: Path, ca
     assert "weights     NOT FINITE: model.embed.weight" in printed and "l1          nan   NOT FINITE" in printed
 
 
+def test_statistics_of_latents_keep_nothing_of_a_step_that_was_left_out(runs_root: Path) -> None:
+    """REGEN's: not finite once, they would end the run at its last step, and every session that resumes it."""
+
+    class Bad(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 1:
+                batch["video"][1] = math.nan
+
+    folder = run("trainer.max_steps=3", "ema=null", "trainer.val_every_steps=3", name="regen_debug", callbacks=[Bad()])
+    moments = torch.load(folder / "last.ckpt", weights_only=True)["moments"]
+    assert [record["step"] for record in guard.read(folder)] == [1] and moments.isfinite().all()
+    assert moments[0].tolist() == pytest.approx([1 + 0.99] * 4)  # two steps were made
+
+
 def test_weights_that_are_not_finite_are_never_saved(runs_root: Path) -> None:
     """A finite gradient can make them so: the checkpoint before stays the last one."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,17 @@ import pytest
 import torch
 from test_latent_spaces_diffusers import MODELS
 
-from datamodules.cached import CachedClip, Record, ShardWriter, cached_latent, inspect_shard, look_of, read_record
+from datamodules.cached import (
+    CachedClip,
+    Record,
+    ShardWriter,
+    cached_latent,
+    inspect_shard,
+    look_of,
+    put_in_place,
+    read_record,
+    remove_left,
+)
 from datamodules.clips import ClipData
 from datamodules.config import ClipDataConfig, LatentCacheConfig, SourceConfig, StreamConfig
 from datamodules.latent_cache import (
@@ -152,6 +163,9 @@ def test_damage_is_found(tmp_path):
         read_record(changed("value", places["values"].begin + 4, b"\x01"), 0)
     with pytest.raises(BadFile, match="beyond its values"):
         read_record(changed("table", places["table"].begin, (10**9).to_bytes(8, "little")), 0)
+    for name, side in {"none": 0, "huge": 2**62}.items():
+        with pytest.raises(BadFile, match="damaged: its size"):
+            read_record(changed(f"side-{name}", places["table"].begin + 8, side.to_bytes(8, "little")), 0)
     (tmp_path / "cut.safetensors").write_bytes(data[:-5])
     with pytest.raises(BadFile, match="its header says"):
         read_record(str(tmp_path / "cut.safetensors"), 0)
@@ -165,6 +179,18 @@ def test_damage_is_found(tmp_path):
             read_record(str(tmp_path / name), 0)
     with pytest.raises(BadFile, match="cannot be read: No such file"):
         read_record(str(tmp_path / "absent"), 0)
+
+
+def test_many_writers_of_one_file_leave_it_whole_and_what_killed_ones_left_is_removed(tmp_path):
+    with ThreadPoolExecutor(8) as pool:  # as processes that begin, or finish, a cache together
+        list(pool.map(lambda i: put_in_place(tmp_path / "a" / "m.json", bytes([i]) * 100_000), range(40)))
+    assert len(set((tmp_path / "a" / "m.json").read_bytes())) == 1
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["m.json"]
+    old, new = tmp_path / "a" / ".v.safetensors.0.tmp", tmp_path / ".m.json.1.tmp"
+    old.write_bytes(b"x"), new.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    remove_left(tmp_path)
+    assert new.exists() and not old.exists(), "somebody may still write to it"
 
 
 def test_values_that_float16_cannot_hold_are_refused(tmp_path):
@@ -294,6 +320,10 @@ def test_what_a_cache_must_agree_with(tmp_path):
     assert "s" in opened() and opened(data_of(share=1.0, batch_size=5).streams("train")).views == 1
     with pytest.raises(CacheError, match=r"about.fingerprint: \"f\" -> \"g\"(.|\n)*make cache-latents exp=x"):
         opened(about=ABOUT | {"fingerprint": "g"})
+    (tmp_path / "twice").mkdir(), (tmp_path / "twice-2").mkdir()
+    cache_for(tmp_path / "twice", data_of())
+    with pytest.raises(CacheError, match=r"make out=\S*/twice-3 'x=1'$"):
+        LatentCache(tmp_path / "twice", streams, {"seed": 1}, 0, False, f"make out={tmp_path}/twice 'x=1'")
     with pytest.raises(CacheError, match=r"streams.s.config.size: \[16, 16\] -> \[16, 24\]"):
         opened(data_of(size=(16, 24)).streams("train"))
     with pytest.raises(CacheError, match=r"config.fps: \(default\) -> 12"):

@@ -21,6 +21,7 @@ from video_files import make_film
 from datamodules import cached
 from datamodules.cached import read_record
 from datamodules.latent_cache import load_manifest
+from decoders.latent_spaces.dct import DCT
 from experiments import cache_latents
 from experiments.cache_latents import CacheOptions, main
 from experiments.compose import ConfigError
@@ -106,8 +107,9 @@ def test_float16_costs_less_than_a_thousandth_of_the_loss(tmp_path):
         assert rounded == pytest.approx(exact, rel=1e-3)
 
 
-def test_a_family_that_draws_from_the_posterior_draws_from_the_cache(tmp_path):
+def test_a_family_that_draws_from_the_posterior_draws_from_the_cache(tmp_path, capsys):
     made(tmp_path / "cache", "refdecoder_debug", EXACT, *WAN_MINI)
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'cache'} data.latent_cache.sample=true\n")
     given = (*WAN_MINI, f"data.latent_cache.path={tmp_path / 'cache'}")
     with pytest.raises(ConfigError, match=r"set data.latent_cache.sample=true, or objective.sample=false"):
         opened("refdecoder_debug", *given)
@@ -234,6 +236,12 @@ def test_too_many_bad_films_stop_the_job(tmp_path):
 
 
 # ---- refusals
+
+
+def test_latents_beyond_float16_say_which_type_holds_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(DCT, "moments", lambda self, video: (torch.full((1, 12, 3, 4, 6), 1e5), None))
+    with pytest.raises(ConfigError, match=r"not finite as float16 \(largest 100000\): dtype=float32 holds larger ones"):
+        made(tmp_path, "flashdecoder_debug", CacheOptions())
 
 
 def test_what_cannot_be_cached_is_refused_with_the_reason(tmp_path, monkeypatch):

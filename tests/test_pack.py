@@ -1,5 +1,6 @@
 """Folders packed into shards: whole, the same every time, taken up where a kill left them; and shards checked."""
 
+import gzip
 import json
 import os
 import shutil
@@ -222,6 +223,9 @@ def test_options_that_make_no_sense(folder, tmp_path, films):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.mp4").write_text("no film")
     assert "none of 1 files can be read" in said(f"in={tmp_path}/bad", out)
+    (tmp_path / "file").write_text("no folder")
+    for place in ("file", "file/below"):
+        assert "cannot be written to" in said(f"in={folder}", f"out={tmp_path}/{place}")
     assert "no shards (.tar)" in said(f"check={folder}") and "is no folder" in said(f"check={tmp_path}/no")
     assert "is on a server" in said("check=https://host/k")
     assert read_options(["check=x", "accept=true"]).accept
@@ -254,6 +258,19 @@ def test_check_of_what_was_packed(folder, tmp_path, capsys):
     assert list(faults) == [("00002.tar", ""), ("00005.tar", "")]
     assert [shard.tar for shard in shards_in(out)] == ["00000.tar", "00001.tar", "00003.tar", "00004.tar"]
     assert table(out) == {("00002.tar", ""): "is not in index.json (accept=true adds it)"}
+
+
+def test_a_changed_caption_is_other_work(folder, tmp_path):
+    packed(folder, tmp_path / "out")
+    (folder / "a.txt").write_text("another caption")
+    with pytest.raises(ConfigError, match="shards of other files"):
+        packed(folder, tmp_path / "out")
+
+
+def test_check_names_compressed_shards(films, tmp_path):
+    root = make_shards(tmp_path / "k", films)
+    (root / "003.tar.gz").write_bytes(gzip.compress((root / "000.tar").read_bytes()))
+    assert "gzip (gunzip it)" in check(str(root), "video", 1, say=lambda _: None)[0].reason
 
 
 def test_check_of_shards_from_elsewhere(films, tmp_path, monkeypatch):
@@ -321,6 +338,17 @@ def test_an_index_that_is_wrong_is_not_believed(films, tmp_path, caplog):
         "describes 1 shards (001.tar, ...) that have another size or time" in caplog.text
         and "accept=true" in caplog.text
     )
+
+
+def test_odd_names_become_names_that_can_be_read(films, tmp_path):
+    root = tmp_path / "in"
+    for name in ("a: b.mp4", "\\c.mp4", "x\\..\\y.mp4", "/".join(["d" * 200] * 6) + "/l.mp4", os.fsdecode(b"\xff.mp4")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(films[0], root / name)
+    packed(root, tmp_path / "out")
+    assert check(str(tmp_path / "out"), "video", 2048, say=lambda _: None) == []
+    found = index(tmp_path / "out", tmp_path / "cache")
+    assert len(found) == 5 and not found.bad
 
 
 def test_keys_are_webdatasets():

@@ -171,7 +171,7 @@ class Regen(VideoDecoder):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.moments.share()
+        self.moments.end_step(made=not self._skipped)
         # Lightning counts this step only once we return. Where time ends the run, this may be the last step or not: frozen
         # again, statistics change no picture.
         if self.encoder is not None and self.objective.freeze_statistics and self._ends_within(1, MEASURED_SHARE / 2):
@@ -360,7 +360,7 @@ class Regen(VideoDecoder):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.moments.sums = checkpoint["moments"].clone()  # not the file's memory map
+        self.moments.restore(checkpoint["moments"])
 
 
 def _windows(video: Float[Tensor, "b c t h w"], frames: list[list[int]]) -> Float[Tensor, "B c f h w"]:

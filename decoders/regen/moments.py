@@ -18,22 +18,28 @@ class Moments:
     def __init__(self, channels: int, decay: float = 0.99) -> None:
         self.decay = decay
         self.sums = torch.zeros(3, channels, dtype=torch.float64)
-        self._shared = True
+        self._before = self.sums  # as they were before the step that is under way
 
     @torch.no_grad()
     def update(self, latent: Float[Tensor, "b c n y x"]) -> None:
         """Take in the latents of one step; nothing waits for the device."""
         each = latent.detach().double().transpose(0, 1).flatten(1)
         seen = torch.stack([torch.ones_like(each[:, 0]), each.mean(1), each.square().mean(1)])
-        self.sums = self.sums.to(seen.device).mul_(self.decay).add_(seen)
-        self._shared = False
+        self.sums = self.sums.to(seen.device) * self.decay + seen
 
-    def share(self) -> None:
-        """Once a step, by all ranks: each takes the mean over them, so that the checkpoint of one holds what all have seen."""
-        if not self._shared and torch.distributed.is_available() and torch.distributed.is_initialized():
+    def end_step(self, made: bool = True) -> None:
+        """Once a step, by all ranks: each takes the mean over them, so that the checkpoint of one holds what all have seen. Of
+        a step that was not ``made`` (its latents may not be finite) nothing stays."""
+        if not made:
+            self.sums = self._before
+        elif self.sums is not self._before and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
             self.sums /= torch.distributed.get_world_size()
-        self._shared = True
+        self._before = self.sums
+
+    def restore(self, sums: Tensor) -> None:
+        """Go on from a checkpoint's ``sums``."""
+        self.sums = self._before = sums.clone()  # not the file's memory map
 
     def over_ranks(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
         """Mean and standard deviation per channel, the same on all ranks.

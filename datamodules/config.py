@@ -257,12 +257,13 @@ class ClipDataConfig:
     max_bad_share: float = 0.05
     """Share of unreadable files that is accepted; above it the run stops. See ``datamodules/quarantine.py``."""
     verify: Literal["window", "packets"] = "window"
-    """window: every window is decoded a second time, by PyAV, which catches damage inside frames and windows that decord
-    got wrong (``datamodules/replay.py`` says when that happens); costs as much again. packets: only windows with equal
+    """Of decord and torchcodec. window: every window is decoded a second time, by PyAV, which catches damage inside frames and windows
+    that they got wrong (``datamodules/replay.py`` says when that happens); costs as much again. packets: only windows with equal
     neighbours are; files cut short are still found, damage inside frames is not, and a window may begin a little late."""
-    reader: Reader = "decord"
-    """The library that decodes films: decord, pyav (slower where frames lie in a row, but never decodes twice) or torchcodec (not
-    installed with us). With verify: window all three give the same frames; ``datamodules/films.py`` compares them."""
+    reader: Reader = "pyav"
+    """The library that decodes films: pyav (which checks every frame as it goes), decord (with verify: window PyAV decodes everything a second
+    time: twice the work) or torchcodec (as decord; not installed with us). With verify: window all three give the same frames;
+    ``datamodules/films.py`` compares them."""
     film_cache_gib: float = 0.0
     """Memory, per worker, in which whole films are kept after resizing. For few short films, as in the demos: each is
     decoded once, then clips cost nothing. Samples are the same with and without it."""

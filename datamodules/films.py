@@ -1,6 +1,6 @@
 """Films, opened by one of three libraries behind one interface. Runs in the workers; decord and torchcodec are imported here alone.
 
-decord       fast where many frames lie in a row; what it delivers is compared with PyAV's frames (``replay.py`` says why)
+decord       what it delivers is compared with PyAV's frames (``replay.py`` says why), so a clip costs about twice as much
 pyav         PyAV alone, which says of every frame whether it was damaged, so that nothing has to be decoded twice
 torchcodec   not among our requirements; it takes FFmpeg from the system; compared with PyAV's frames, as decord's are
 
@@ -190,7 +190,7 @@ def open_film(path: str, reader: Reader) -> Film:
 
 def find_torchcodec() -> Callable:
     """torchcodec's VideoDecoder. Raises ValueError that says what is missing."""
-    other = "or set data.reader: decord, which reads the same frames"
+    other = "or set data.reader: pyav, which reads the same frames"
     try:
         from torchcodec.decoders import VideoDecoder
     except ModuleNotFoundError:

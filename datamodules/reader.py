@@ -87,7 +87,7 @@ class ClipReader:
         self,
         verify: str = "window",
         film_cache_gib: float = 0.0,
-        reader: Reader = "decord",
+        reader: Reader = "pyav",
         watch: Watch | None = None,
         barred: dict[bytes, str] | None = None,
     ):

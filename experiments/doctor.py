@@ -118,7 +118,7 @@ def report(arguments: list[str], config: DoctorConfig, findings: list[Finding]) 
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "versions": machine.versions(),
-        "options": asdict(config),
+        "options": {key: value for key, value in asdict(config).items() if key != "json"},
         "findings": [asdict(finding) for finding in findings],
     }
 

@@ -224,7 +224,7 @@ def test_clips_of_the_files_that_are_here(films: Path, runs_root: Path) -> None:
     assert [finding.status for finding in asked.check_data()] == ["OK"] * 3
     assert asked.film_sizes() == []
     finding = asked._clips_of("video", asked.train["video"], None)
-    assert "its own files" in finding.says and finding.data["reader"] == "decord" and finding.data["pyav"]["frames"] > 0
+    assert "its own files" in finding.says and finding.data["reader"] == "pyav" and finding.data["decord"]["frames"] > 0
     assert finding.data["frames"] == 9 * finding.data["clips"]
     stream = StreamConfig(["x"], (32, 48), 9, fps=12.5)
     requests = doctor_loader.requests_of(stream, [(File("a", "a"), Info(64, 48, 24, 25.0))], "video", 200)

@@ -205,7 +205,7 @@ def test_pyav_alone_needs_no_decord(kinds, monkeypatch):
     video, _ = ClipReader(reader="pyav").read_one(request(kinds["b_frames"], 3))
     assert index_of(video, decoded(kinds["b_frames"])) == list(range(3, 12))
     with pytest.raises(ImportError):
-        ClipReader().read_one(request(kinds["b_frames"], 3))
+        ClipReader(reader="decord").read_one(request(kinds["b_frames"], 3))
 
 
 def test_frames_of_different_sizes_are_one_clear_reason(tmp_path):
@@ -224,7 +224,7 @@ def test_torchcodec_that_is_missing_is_one_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     with pytest.raises(ValueError, match="data.reader: torchcodec is not installed: pip install torchcodec"):
         ClipDataConfig(reader="torchcodec")
-    assert ClipDataConfig().reader == "decord"
+    assert ClipDataConfig().reader == "pyav"
 
 
 def test_torchcodec_without_ffmpeg_is_one_clear_error(tmp_path, monkeypatch):

@@ -199,9 +199,11 @@ def test_shapes_that_cannot_be_encoded_are_refused_before_any_work():
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_other_start_methods_work_after_decord_ran_here(folder, method):
-    take(ClipData(config(folder)), 1)
+    take(ClipData(config(folder, reader="decord")), 1)
     assert films.decord_ran()
-    assert len(take(ClipData(config(folder, num_workers=1, start_method=method, timeout_s=120)), 3)) == 3
+    assert (
+        len(take(ClipData(config(folder, num_workers=1, reader="decord", start_method=method, timeout_s=120)), 3)) == 3
+    )
 
 
 def test_fork_is_avoided_once_decord_ran(monkeypatch):

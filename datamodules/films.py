@@ -8,6 +8,7 @@ Of a file that is in order all three deliver the same frames, byte for byte, und
 So ``data.reader`` decides how fast a clip is read and never what it is.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -28,7 +29,7 @@ def decord_ran() -> bool:
     return _decord_ran
 
 
-class Film:
+class Film(ABC):
     """An open film; closed on leaving, whatever happened. ``seconds``, ``decode`` and the length are the library's own."""
 
     def __init__(self, path: str):
@@ -40,19 +41,21 @@ class Film:
     def __exit__(self, *_) -> None:
         self.close()
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Number of frames."""
 
+    @abstractmethod
     def close(self) -> None:
         """Give the file back."""
 
+    @abstractmethod
     def seconds(self, stop: int) -> np.ndarray:
         """Times of the first ``stop`` frames in seconds, ascending, counted from the first one. Raises BadFile."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, indices: np.ndarray) -> np.ndarray:
         """The frames of these ascending numbers as the library has them, uint8 [t, h, w, 3]. Raises BadFile."""
-        raise NotImplementedError
 
     def frames(self, indices: np.ndarray, verify: str) -> np.ndarray:
         """The frames, uint8 [t, h, w, 3], with a second opinion: always (``window``), or only if two neighbours are equal.
@@ -132,6 +135,9 @@ class PyavFilm(Film):
     def __init__(self, path: str):
         super().__init__(path)
         self._times = frame_times(path)
+
+    def close(self) -> None:
+        """Nothing is held: every reading opens the file anew."""
 
     def __len__(self) -> int:
         return len(self._times)

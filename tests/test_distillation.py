@@ -12,6 +12,7 @@ from losses.distillation import RunningScale, RunningScaleConfig, feature_mse, p
 from losses.kl import kl_to_standard_normal
 from losses.structural import ssim_loss
 from metrics.image import Ssim
+from tests.ranks import leave
 
 
 @pytest.fixture
@@ -236,7 +237,7 @@ def _one_rank(rank: int, folder: str) -> None:
     scale = RunningScale()
     scale({"a": torch.tensor(1.0 + 2 * rank)})
     torch.save(scale.mean("a"), f"{folder}/mean{rank}")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_running_scale_is_the_same_on_all_ranks(tmp_path):

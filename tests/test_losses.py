@@ -18,6 +18,7 @@ from losses.adversarial import (
 )
 from losses.perceptual import random_crop_pair
 from losses.pixel import charbonnier, l1, mse
+from tests.ranks import leave
 
 
 @pytest.fixture
@@ -352,7 +353,7 @@ def _worker(rank: int, folder: str):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(_trained(*players(recompute=True), slice(rank, rank + 1), wrap=True), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 class _Both(nn.Module):

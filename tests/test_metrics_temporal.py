@@ -39,7 +39,7 @@ class KnownFlow(Flow):
         return flow, -flow
 
     def _between(self, one, other):
-        raise NotImplementedError
+        raise AssertionError("the motion is known and is never estimated")
 
 
 # --- flicker and jump -------------------------------------------------------------------------------------------------

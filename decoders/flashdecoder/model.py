@@ -6,6 +6,7 @@
 What the paper leaves open, and what we chose, is listed in README.md beside this file.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from decoders.flashdecoder.blocks import HEAD_DIM, RMSNorm
 from decoders.flashdecoder.stack import Cache, Grid, RollingStack
+from decoders.inference import InferenceOptions
 
 MODES = ("streaming", "masked", "parallel")
 TOKEN_GAIN = 5.0  # see _initialise
@@ -232,6 +234,12 @@ class FlashDecoderModel(nn.Module):
         state.backbone, state.refinement = [], []
         weight = self.embed.weight
         return weight.new_zeros(state.batch_size, 3, 0, state.height, state.width)
+
+    def optimised(self, options: InferenceOptions, calibration: Sequence[Tensor] = ()) -> nn.Module:
+        """The same function for inference, fast (fast.py): see decoders/inference.py. ValueError if ``window`` is null."""
+        from decoders.flashdecoder import fast  # which reads this module
+
+        return fast.build(self, options, calibration)
 
     # ---- pieces
 

@@ -65,7 +65,8 @@ class RollingStack(nn.Module):
         """Rotations of the current frame's queries, and of the keys of the last ``frames`` frames."""
         per_frame = self.times_per_frame
         keys = _table(range(-(frames - 1) * per_frame, per_frame), grid, self.split, self.theta, device)
-        return rope.last_frames(keys, per_frame * grid.rows * grid.columns), keys
+        # Not the last rows of the keys' table: a view with an offset is an input that torch.compile cannot make dynamic.
+        return _table(range(per_frame), grid, self.split, self.theta, device), keys
 
     def _run(self, function, *inputs):
         if self.checkpointing and torch.is_grad_enabled():

@@ -5,7 +5,7 @@ A decoder is a chain of stages, from normalised latents "b c n y x" to RGB "b 3 
 one call per latent frame with the same weights and the caller's own state, so the two are equal by construction.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from decoders.inference import InferenceOptions
 from decoders.layers.causal_conv import Chain, Past
 
 
@@ -139,11 +140,26 @@ class StagedDecoder(nn.Module):
     def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: ConvStream) -> Float[Tensor, "b 3 k h w"]:
         """The frames of the next latent frame, clamped: one for the first, then ``stride_t`` for each."""
         check_frame(latent_frame, state, self.channels, self.stride_hw)
-        x = self.denormalise(latent_frame.unsqueeze(2))
-        x, state.past, _ = self.run(x, state.past, not state.started)
+        video, state.past = self.advance(latent_frame, state.past, not state.started, state)
         state.started = True
         state.steps += 1
-        return self.finish(x)[..., : state.height, : state.width].clamp(-1, 1)
+        return video[..., : state.height, : state.width]
+
+    def advance(
+        self, latent_frame: Float[Tensor, "b c y x"], past: Past, first: bool, state: ConvStream | None = None
+    ) -> tuple[Tensor, Past]:
+        """One latent frame's RGB, clamped, and the new past: what a step computes. ``state``, whose step it is, is for
+        optimised forms that keep a stream's past themselves."""
+        x, new, _ = self.run(self.denormalise(latent_frame.unsqueeze(2)), past, first)
+        return self.finish(x).clamp(-1, 1), new
+
+    # ---- optimised
+
+    def optimised(self, options: InferenceOptions, calibration: Sequence[Tensor] = ()) -> nn.Module:
+        """For inference only and faster, with weights of its own: see ``decoders/backbones/fast.py``."""
+        from decoders.backbones.fast import optimised
+
+        return optimised(self, options, calibration)
 
     def end_stream(self, state: ConvStream) -> Float[Tensor, "b 3 0 h w"]:
         """Close the stream. Nothing is ever pending: every step returns all of its frames."""

@@ -15,17 +15,21 @@ The layout is that of the released inference code (Aoko955/Flash-VAED, 54a27aa, 
 66.96 M parameters, of which 58.3 M are up1's, nearly all in its dense upsampling. The teacher has 238.8 M.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from decoders.backbones.ltx import LTXConfig, LTXDecoder
 from decoders.backbones.ltx_layers import ConvFactory, EdgeConv3d, SeparableEdgeConv3d
 from decoders.backbones.ltx_weights import fill
+from decoders.backbones.staged import StagedDecoder
+from decoders.flash_vaed.fast import for_inference
 from decoders.flash_vaed.prune import kept_count
+from decoders.inference import InferenceOptions
 from decoders.layers.causal_conv import FrameConv2d
 
 OPERATORS: Mapping[str, ConvFactory] = MappingProxyType(
@@ -96,6 +100,10 @@ class LTXStudent(LTXDecoder):
                 self.register_buffer(f"recon_{name}", torch.eye(widths[name], width))
         for name in ("latent_mean", "latent_std"):
             self.register_buffer(name, getattr(self, name), persistent=True)
+
+    def optimised(self, options: InferenceOptions, calibration: Sequence[torch.Tensor] = ()) -> nn.Module:
+        """For inference, as the backbones'; on CUDA with depthwise convolutions by Triton where that is faster."""
+        return StagedDecoder.optimised(for_inference(self), options, calibration)
 
 
 def entries(layout: LTXConfig) -> list[str]:

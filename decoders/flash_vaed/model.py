@@ -11,6 +11,7 @@ from typing import Literal
 
 from decoders.backbones.ltx import LTXConfig
 from decoders.backbones.wan import LAYOUTS, WanConfig
+from decoders.flash_vaed.fast import use_depthwise_kernels
 from decoders.flash_vaed.ltx_student import LTXStudent, plan
 from decoders.flash_vaed.wan_student import WanStudent, check_plan
 
@@ -35,6 +36,9 @@ class FlashVaedConfig:
     keep: dict[str, float] = field(default_factory=lambda: {"up2": 0.125, "up3": 0.125})  # stage -> share of channels
     upsample: Literal["repeat", "shuffle"] = "repeat"  # how pixels are doubled; shuffle is Turbo-VAED's
     checkpointing: bool = False  # recompute blocks in the backward pass
+    # How depthwise convolutions are computed in training: by torch; by our Triton kernel (CUDA); or on CUDA by whichever was
+    # faster when a shape was first met, elsewhere by torch. The same up to rounding. Optimised inference always takes auto.
+    depthwise_kernel: Literal["torch", "triton", "auto"] = "torch"
 
     def __post_init__(self) -> None:
         known = (*LAYOUTS, "wan_mini", "ltx")
@@ -86,4 +90,6 @@ def build_student(config: FlashVaedConfig, channels: int, stride_t: int, stride_
     else:
         student = WanStudent(layout, config.operators, config.keep, config.upsample)
     student.set_checkpointing(config.checkpointing)
+    if config.depthwise_kernel != "torch":
+        use_depthwise_kernels(student, config.depthwise_kernel)
     return student

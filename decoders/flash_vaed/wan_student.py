@@ -5,7 +5,7 @@ their channels; the stages at high resolution (up2, up3), where most of the time
 frames and keep an eighth. Which stage gets what is config; the defaults are the released student of Wan 2.1, 5.86 M.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from decoders.backbones.staged import StagedDecoder
 from decoders.backbones.wan import WanConfig
 from decoders.backbones.wan_layers import FrameAttention, NormConv, ResBlock, ResidualUp, Upsample, add, unfold
+from decoders.flash_vaed.fast import for_inference
 from decoders.flash_vaed.prune import kept_count
+from decoders.inference import InferenceOptions
 from decoders.layers.causal_conv import CausalConv3d, Chain, DepthwiseSeparableConv3d, FrameConv2d, Past
 
 
@@ -138,6 +140,10 @@ class WanStudent(StagedDecoder):
     def has_computed_start(self) -> bool:
         """Whether its weights can be computed from a teacher's: not those of Turbo-VAED's operators."""
         return self.upsample == "repeat" and "depthwise5" not in self.operators.values()
+
+    def optimised(self, options: InferenceOptions, calibration: Sequence[Tensor] = ()) -> nn.Module:
+        """For inference, as the backbones'; on CUDA with depthwise convolutions by Triton where that is faster."""
+        return StagedDecoder.optimised(for_inference(self), options, calibration)
 
     def finish(self, x: Tensor) -> Tensor:
         p = self.layout.patch

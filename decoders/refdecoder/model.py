@@ -6,7 +6,7 @@
 Plain ``nn.Module``. What the paper and the released code leave open, and what we chose, is in README.md beside this file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from decoders.backbones.staged import StagedDecoder, check_frame
+from decoders.inference import InferenceOptions
 from decoders.layers.causal_conv import Chain, Past
 from decoders.refdecoder.config import RefDecoderConfig
 from decoders.refdecoder.injection import ControlBranch, JointAttention, Memory
@@ -94,6 +95,12 @@ class RefDecoderModel(nn.Module):
         self.backbone.load_state_dict(theirs)
         if isinstance(self.injection, ControlBranch):
             self.injection.copy_from(self.backbone)
+
+    def optimised(self, options: InferenceOptions, calibration: Sequence[Tensor] = ()) -> "RefDecoderModel":
+        """The same decoder for inference: see ``decoders/refdecoder/fast.py`` and ``decoders/inference.py``."""
+        from decoders.refdecoder.fast import build_fast
+
+        return build_fast(self, options, calibration)
 
     # ---- whole clips
 
@@ -218,7 +225,7 @@ class RefDecoderModel(nn.Module):
         self,
         clips: int,
         pixels: tuple[int, int],
-        reference: Tensor | None,
+        reference: Any,
         size: tuple[int, int] | None,
         skip: bool,
     ) -> RefStream:
@@ -231,17 +238,16 @@ class RefDecoderModel(nn.Module):
 
     # ---- the parts between two points
 
-    def _enter(
-        self, latent: Tensor, reference: Tensor | None, size: tuple[int, int] | None, skip: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Denormalised latents, and the references' pixels at the grid's size."""
+    def _enter(self, latent: Tensor, reference: Any, size: tuple[int, int] | None, skip: bool) -> tuple[Tensor, Any]:
+        """Denormalised latents, and the references' pixels at the grid's size. Here and below ``reference`` is pixels, None, or
+        what an optimised form has made of them (``fast.PreparedReference``)."""
         x = self.backbone.denormalise(latent)
         grid = (latent.shape[3] * self.stride_hw, latent.shape[4] * self.stride_hw)
         return x, self._enter_reference(reference, len(latent), grid, size, skip)
 
     def _enter_reference(
-        self, reference: Tensor | None, clips: int, grid: tuple[int, int], size: tuple[int, int] | None, skip: bool
-    ) -> Tensor | None:
+        self, reference: Any, clips: int, grid: tuple[int, int], size: tuple[int, int] | None, skip: bool
+    ) -> Any:
         if reference is None:
             return None
         if self.encoder is None:
@@ -249,9 +255,13 @@ class RefDecoderModel(nn.Module):
         reference = fit(reference, clips, size or clip_size(reference, grid, self.stride_hw), grid)
         return None if skip else reference
 
-    def _begin(self, pixels: Tensor | None) -> Memory:
+    def _begin(self, pixels: Any) -> Memory:
         features = None if pixels is None else self.encoder(pixels)
         return self.injection.begin(features, lambda number, carried: self._carry(number, carried, pixels))
+
+    def _encoded(self, pixels: Any, clips: int) -> tuple[Tensor | None, Tensor | None]:
+        """The references' pixels and their features before the first point."""
+        return pixels, None if pixels is None else self.encoder(pixels)
 
     def _check_keep(self, keep: Tensor, latent: Tensor) -> None:
         _, frames, rows, columns = self.keep_shape(*latent.shape[2:])
@@ -275,12 +285,10 @@ class RefDecoderModel(nn.Module):
             new |= kept
         return self.backbone.finish(x), new, memory
 
-    def _joint(
-        self, x: Tensor, reference: Tensor | None, keep: Tensor | None = None, in_pieces: bool = False
-    ) -> Tensor:
+    def _joint(self, x: Tensor, reference: Any, keep: Tensor | None = None, in_pieces: bool = False) -> Tensor:
         """The whole clip where video and references change each other. ``in_pieces``: the finest stages a few frames at a
         time, which bounds memory where there is no gradient."""
-        pixels, reference = reference, None if reference is None else self.encoder(reference)
+        pixels, reference = self._encoded(reference, len(x))
         for number, stages in self.parts:
             if number is None:
                 x, _ = self._drop(x, None, True, keep, stages)

@@ -14,10 +14,11 @@ from math import isfinite
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from decoders.backbones.staged import check_frame
+from decoders.inference import InferenceOptions
 from decoders.regen.conditioning import Condition, ContentAware, InContext, fold_frames
 from decoders.regen.config import RegenConfig, SirenConfig
 from decoders.regen.dit import DiT
@@ -96,6 +97,12 @@ class RegenDecoder(nn.Module):
     def coefficients(self) -> Coefficients:
         """Level to (a, b) of a noisy video, a clean + b noise, that this decoder is trained on."""
         return coefficients_of(self.config.prediction)
+
+    def optimised(self, options: InferenceOptions, calibration: Sequence[Tensor] = ()) -> "RegenDecoder":
+        """The same decoder for inference: see ``decoders/regen/fast.py`` and ``decoders/inference.py``."""
+        from decoders.regen.fast import FastRegenDecoder
+
+        return FastRegenDecoder(self, options)
 
     # ---- one pass
 
@@ -205,7 +212,7 @@ class RegenDecoder(nn.Module):
         steps: int = 1,
         extension: bool = False,
         generator: Generators = None,
-    ) -> Float[Tensor, "b 3 t h w"]:
+    ) -> Shaped[Tensor, "b 3 t h w"]:
         """RGB, float32, pair by pair in bounded memory.
 
         Clamped to [-1, 1]: a sampler's last step is a difference of noise and prediction, which no layer holds in range.
@@ -224,7 +231,7 @@ class RegenDecoder(nn.Module):
         """
         self._check_latent(latent)
         self._check_steps(steps)
-        b, _, n, rows, columns = latent.shape
+        b, _, n = latent.shape[:3]
         pairs = num_pairs(n, self.chunked)
         generators = per_clip(generator, b, latent.device)
         if times is not None:
@@ -237,7 +244,20 @@ class RegenDecoder(nn.Module):
             t = num_frames(n, self.stride_t, self.chunked)
         else:
             windows, t = asked(times, n, self.stride_t, self.chunked), len(times)
-        video = latent.new_empty(b, 3, t, rows * self.stride_hw, columns * self.stride_hw, dtype=torch.float32)
+        return self._decode_windows(latent, windows, t, steps, generators, extension)
+
+    def _decode_windows(
+        self,
+        latent: Tensor,
+        windows: list[Window],
+        t: int,
+        steps: int,
+        generators: list[torch.Generator],
+        extension: bool,
+    ) -> Tensor:
+        """The ``t`` frames that ``windows`` make, one after another."""
+        height, width = (side * self.stride_hw for side in latent.shape[-2:])
+        video = latent.new_empty(len(latent), 3, t, height, width, dtype=torch.float32)
         guide = None
         for window in windows:
             two = latent[:, :, latents_of(window.pair, self.chunked)]
@@ -332,7 +352,7 @@ class RegenDecoder(nn.Module):
         return RegenStream(batch_size, height, width, steps, extension, generators)
 
     @torch.no_grad()
-    def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: RegenStream) -> Float[Tensor, "b 3 k h w"]:
+    def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: RegenStream) -> Shaped[Tensor, "b 3 k h w"]:
         """The frames that this latent frame completes: k + 1 with the second of a chunk, none with its first. In a causal
         space none with the very first, k + 1 with the second, k with each that follows."""
         check_frame(latent_frame, state, self.channels, self.stride_hw)
@@ -349,7 +369,7 @@ class RegenDecoder(nn.Module):
         return frames[..., : state.height, : state.width]
 
     @torch.no_grad()
-    def end_stream(self, state: RegenStream) -> Float[Tensor, "b 3 k h w"]:
+    def end_stream(self, state: RegenStream) -> Shaped[Tensor, "b 3 k h w"]:
         """Close the stream: a content frame that waits for its motion, or the only frame there was, is an image."""
         frames = self._nothing(state)
         if state.pending is not None and (self.chunked or not state.pairs):

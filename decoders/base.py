@@ -19,6 +19,7 @@ from decoders import optimisation, sharding
 from decoders.ema import Ema
 from decoders.latent_spaces.base import LatentSpace, pad_to_valid
 from decoders.scoring import DECODE, DECODER, PER_FRAME, Clips, Method, Row, Scorer, named_groups, selected
+from decoders.terms import hasten_lpips
 from decoders.training import TrainingConfig, check_loss_weights, loss_weight
 
 __all__ = ["DECODER", "PER_FRAME", "Method", "Row", "VideoDecoder", "key_seed"]
@@ -235,15 +236,16 @@ class VideoDecoder(LightningModule):
         self.scorer()
 
     def on_fit_start(self) -> None:
+        hasten_lpips(self, self.training_config.lpips_precision, self.training_config.compile_losses)
         if self.training_config.ema is not None and self.ema is None:
             self.ema = Ema(self.inference_parameters(), self.training_config.ema)
             if self._restored_ema is not None:
                 self.ema.load_state_dict(self._restored_ema)
                 self._restored_ema = None
 
-    def step_seed(self, rank: int) -> int:
-        """Every draw of a step comes from (seed, step, rank), so a resumed run draws what the uninterrupted one drew."""
-        return key_seed(f"train:{self.batches_seen}:{rank}", self.training_config.seed)
+    def step_seed(self, rank: int, batch: int | None = None) -> int:
+        """Every draw of a step (None: the coming one) comes from (seed, step, rank), so a resumed run draws the same."""
+        return key_seed(f"train:{self.batches_seen if batch is None else batch}:{rank}", self.training_config.seed)
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
         torch.manual_seed(self.step_seed(self.global_rank))

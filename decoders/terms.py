@@ -1,12 +1,13 @@
 """Loss terms that several families share, as their ``losses`` hooks use them."""
 
-from typing import Protocol, runtime_checkable
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from losses.adversarial import discriminator_loss, generator_loss, r1_penalty
-from losses.perceptual import Lpips, random_crop_pair
+from losses.perceptual import Lpips, Precision, distance_of_layer, random_crop_pair
 
 
 @runtime_checkable
@@ -21,6 +22,21 @@ class PerceptualOptions(Protocol):
 def build_lpips(objective: PerceptualOptions) -> Lpips:
     """The frozen network of an objective. Raises FileNotFoundError, saying how to get them, without its weights."""
     return Lpips(objective.lpips_net, objective.lpips_weights, frames_per_chunk=objective.lpips_frames_per_chunk)
+
+
+def hasten_lpips(decoder: nn.Module, precision: Precision, compiled: bool) -> None:
+    """Let the LPIPS networks of ``decoder`` convolve in ``precision``, and compare features in compiled kernels.
+
+    Their layers are frozen, so nothing of it is trained, and the metrics' networks are others.
+    """
+    for module in decoder.modules():
+        if isinstance(module, Lpips):
+            module.precision, module.fused = precision, _compiled_distance() if compiled else None
+
+
+@cache
+def _compiled_distance() -> Any:
+    return torch.compile(distance_of_layer, dynamic=True)  # one for all five layers and every size of frames
 
 
 def crops(

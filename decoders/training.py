@@ -147,6 +147,8 @@ class TrainingConfig:
     pad: Literal["error", "replicate"] = "error"  # sizes that the space cannot encode
     seed: int = 0
     max_steps: int = 1  # where the schedule ends
+    lpips_precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of its convolutions in training
+    compile_losses: bool = False  # LPIPS compares features in compiled kernels
 
 
 def loss_weight(weight: float | dict[str, Any], step: int) -> float:

@@ -24,7 +24,16 @@ class TrainerConfig:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     shard_group: int | str | None = None  # fsdp: how many processes share one copy; "node": those of a node; null: all
     precision: Literal["32-true", "bf16-mixed", "auto"] = "32-true"  # auto: bf16 where the hardware has it
-    compile: bool = False  # torch.compile on the decoder's network
+    # torch.compile. blocks: on each of the network's repeated blocks, which share kernels that take any size, and on how LPIPS
+    # compares features; true: on the network as a whole, anew for sizes that differ
+    compile: bool | str = False
+    # Convolutions of LPIPS in training. auto: autocast's on a GPU, float32 on a CPU
+    lpips_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    encode_ahead: bool = False  # encode the next batch, on a GPU beside the current one's step; the same numbers
+    # When blocks are computed again in the backward pass. decoder: as decoder.checkpointing says; auto: at the sizes whose
+    # activations do not fit, as far as they can be counted before (make show); the same numbers
+    checkpointing: Literal["decoder", "auto"] = "decoder"
+    memory_gib: float | None = None  # of one device, for checkpointing=auto; null: what the device says
     accumulate_grad_batches: int = 1
     val_every_steps: int = 1000
     log_every_steps: int = 50
@@ -52,6 +61,10 @@ class TrainerConfig:
         for name in ("max_minutes", "budget_minutes"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0, or null for no limit")
+        if self.compile not in (False, True, "blocks"):
+            raise ValueError(f"compile={self.compile} must be true, false or blocks")
+        if self.memory_gib is not None and self.memory_gib <= 0:
+            raise ValueError(f"memory_gib={self.memory_gib} must be above 0, or null for what the device has")
         if self.peak_tflops not in ("measured", None) and (isinstance(self.peak_tflops, str) or self.peak_tflops <= 0):
             raise ValueError(f"peak_tflops={self.peak_tflops} must be above 0, measured, or null for no MFU")
         if isinstance(self.devices, str) and self.devices != "auto":

@@ -48,11 +48,12 @@ from experiments.config import (
     resolved_yaml,
 )
 from experiments.failfast import FailFast
+from experiments.faster import hasten
 from experiments.guard import Guard
 from experiments.resuming import Board, Resumed, check_resume, purge_step, validated
 from experiments.runs import CONFIG, DONE, find_parent, is_neutral, run_dir, run_name
 from experiments.signals import Signals
-from experiments.strategy import Sharded, check_sharding, compile_network
+from experiments.strategy import Sharded, check_sharding
 from experiments.throughput import Throughput
 
 say = rank_zero_only(print)
@@ -94,6 +95,7 @@ def build(experiment: Experiment) -> VideoDecoder:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     check_decoder(experiment, decoder)
+    decoder.training_config.lpips_precision = experiment.trainer.lpips_precision
     return decoder
 
 
@@ -222,12 +224,11 @@ def _train(
     throughput = Throughput(experiment, budget)
     replay = shlex.join(["python", "-m", "experiments.replay", name, *overrides])
     guard = [Guard(experiment.trainer.guard, folder, data, replay)] if experiment.trainer.guard else []
-    first = [watch, *guard, DataPosition(data), *([budget] if budget else []), throughput]
+    faster = hasten(experiment, decoder, data)
+    first = [watch, *guard, DataPosition(data), *([budget] if budget else []), throughput, *faster]
     every = [*first, *_seen(experiment, throughput, budget), *callbacks, keep]
     purge = purge_step(folder, resumed)
     trainer = build_trainer(experiment, folder, every, decoder.terms_may_be_absent, writer, purge)
-    if experiment.trainer.compile:
-        compile_network(decoder, experiment.trainer.strategy == "fsdp")
     if trainer.is_global_zero:
         begin(folder, experiment, trainer, decoder, resumed)
     trainer.fit(decoder, data, ckpt_path=resumed.path if resumed else None, weights_only=True)

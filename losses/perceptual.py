@@ -1,8 +1,9 @@
 """LPIPS on clips, as a training loss and as the network behind the metric; and the crops it is computed on."""
 
+import copy
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,6 +18,7 @@ from losses.precision import convolution_precision
 from losses.pretrained import digest, load_weights
 
 Net = Literal["vgg", "alex"]
+Precision = Literal["auto", "float32", "bfloat16"]
 _BACKBONES: dict[str, tuple[str, int]] = {"vgg": ("vgg16", 16), "alex": ("alexnet", 31)}  # weights, smallest side
 
 
@@ -30,8 +32,9 @@ class Lpips(nn.Module):
     The network is frozen and hidden from ``parameters()``, ``state_dict()`` and ``.to()``: no optimiser, EMA, DDP
     bucket or checkpoint ever meets it; it follows its inputs to their device. Gradients flow to both inputs.
 
-    Precision: the convolutions follow the surrounding autocast on a GPU (they are most of the cost) and are float32 on
-    a CPU; normalising, differences and heads are always float32. The metric turns autocast off.
+    Precision: by default ("auto") the convolutions follow the surrounding autocast on a GPU (they are most of the cost)
+    and are float32 on a CPU; ``precision`` sets them by itself. Normalising, differences and heads are always float32.
+    The metric turns autocast off and leaves ``precision`` alone.
     """
 
     def __init__(
@@ -48,6 +51,11 @@ class Lpips(nn.Module):
         self.fingerprint = f"{backbone}:{digest(features)[:12]}"
         with torch.inference_mode(False):
             self._hidden = [_build(net, features)]  # in a list, which nn.Module does not look into
+        self._halved: list[nn.Module] = []  # the convolutions in bfloat16, once they are asked for
+        self.precision: Precision = "auto"
+        self.fused: Callable[..., Tensor] | None = (
+            None  # a compiled `distance_of_layer`; None: the package's own layers
+        )
 
     @property
     def network(self) -> nn.Module:
@@ -96,31 +104,47 @@ class Lpips(nn.Module):
 
     def _distance(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         """(frames, 3, h, w) twice -> (frames,)."""
-        return self.distance(self.features(prediction), self.features(target), mask)
+        if self.fused is None:
+            return self.distance(self.features(prediction), self.features(target), mask)
+        self._check_size(*prediction.shape[-2:])
+        layers = zip(self.network.lins, self._layers(prediction), self._layers(target), strict=True)
+        with torch.autocast(prediction.device.type, enabled=False):
+            return _mean([self.fused(one, other, head.model[-1].weight) for head, one, other in layers], mask)
 
     def features(self, frames: Float[Tensor, "frames 3 h w"]) -> tuple[Float[Tensor, "frames ..."], ...]:
         """What is compared: each layer's features with every pixel's channels at length 1, float32. RGB in [-1, 1]."""
         self._check_size(*frames.shape[-2:])
-        self._follow(frames.device)
-        with convolution_precision(frames.device):
-            layers = list(self.network.net(self.network.scaling_layer(frames.float())))
+        layers = self._layers(frames)
         with torch.autocast(frames.device.type, enabled=False):
             return tuple(_unit(layers.pop(0).float()) for _ in range(len(layers)))
+
+    def _layers(self, frames: Tensor) -> list[Tensor]:
+        """Each layer's features as the network gives them, in the precision of its convolutions."""
+        self._follow(frames.device)
+        if self.precision == "auto":
+            with convolution_precision(frames.device):
+                return list(self.network.net(self.network.scaling_layer(frames.float())))
+        with torch.autocast(frames.device.type, enabled=False):
+            scaled = self.network.scaling_layer(frames.float())
+            if self.precision == "float32":
+                return list(self.network.net(scaled))
+            return list(self._halved_net(frames.device)(scaled.to(torch.bfloat16, memory_format=torch.channels_last)))
+
+    def _halved_net(self, device: torch.device) -> nn.Module:
+        """The convolutions in bfloat16: autocast would round the frozen weights anew at every call."""
+        with torch.inference_mode(False):
+            if not self._halved:
+                halved = copy.deepcopy(self.network.net).to(torch.bfloat16, memory_format=torch.channels_last)
+                self._halved.append(halved)
+            return self._halved[0].to(device)
 
     def distance(
         self, ours: Sequence[Tensor], theirs: Sequence[Tensor], mask: Float[Tensor, "frames 1 h w"] | None = None
     ) -> Float[Tensor, " frames"]:
         """LPIPS of frames from their :meth:`features`; ``mask`` as in :meth:`per_frame`."""
-        total = torch.zeros(len(ours[0]), device=ours[0].device)
-        with torch.autocast(total.device.type, enabled=False):
-            for head, one, other in zip(self.network.lins, ours, theirs, strict=True):
-                cell = head((one - other).square())  # (frames, 1, y, x)
-                if mask is None:
-                    total = total + cell.mean(dim=(1, 2, 3))
-                else:
-                    share = F.adaptive_avg_pool2d(mask.float(), cell.shape[-2:])
-                    total = total + (cell * share).sum(dim=(1, 2, 3)) / share.sum(dim=(1, 2, 3))
-        return total
+        with torch.autocast(ours[0].device.type, enabled=False):
+            layers = zip(self.network.lins, ours, theirs, strict=True)
+            return _mean([head((one - other).square()) for head, one, other in layers], mask)
 
 
 def random_crop_pair(
@@ -148,6 +172,28 @@ def random_crop_pair(
         )
         for x in tensors
     )
+
+
+def distance_of_layer(
+    one: Float[Tensor, "frames c y x"], other: Float[Tensor, "frames c y x"], weight: Float[Tensor, "1 c 1 1"]
+) -> Float[Tensor, "frames 1 y x"]:
+    """Weighted squared difference of two frames' features of a layer, each pixel's channels at length 1, in float32.
+
+    What :meth:`Lpips.features` and a head do in a dozen passes over memory; compiled it is two forward and two backward.
+    """
+    return ((_unit(one.float()) - _unit(other.float())).square() * weight).sum(dim=1, keepdim=True)
+
+
+def _mean(cells: list[Tensor], mask: Tensor | None) -> Tensor:
+    """Each layer's distances "frames 1 y x", averaged over positions or their shares in the mask, and summed."""
+    total = torch.zeros(len(cells[0]), device=cells[0].device)
+    for cell in cells:
+        if mask is None:
+            total = total + cell.mean(dim=(1, 2, 3))
+        else:
+            share = F.adaptive_avg_pool2d(mask.float(), cell.shape[-2:])
+            total = total + (cell * share).sum(dim=(1, 2, 3)) / share.sum(dim=(1, 2, 3))
+    return total
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := start
-.PHONY: start train replay list show doctor pack check-shards cache-latents evaluate sets compare report vote index decode reconstruct bench profile tb test test-slow test-gpu lint flash-attn setup help
+.PHONY: start train replay list show doctor pack check-shards cache-latents evaluate sets compare report vote index decode reconstruct bench bench-all bench-gate bench-train quantise profile tb test test-slow test-gpu lint flash-attn setup help
 PORT ?= 6006
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 RUNS_ROOT ?= runs
@@ -94,6 +94,20 @@ reconstruct: $(venv) ## Videos encoded and decoded, chunk by chunk: make reconst
 bench: $(venv) ## Speed and memory of decoding, beside its peers: make bench exp=NAME
 	$(need_exp)
 	@$(python) -m experiments.bench $(call quote,$(exp)) $(overrides)
+
+bench-all: $(venv) ## All decoders, plain and optimised, and peers: make bench-all [profile=cpu|gpu only=['FlashDecoder-*'] sizes=[[480,832]] num_frames=[25] out=FOLDER fresh=true]
+	@$(python) -m experiments.bench_all $(overrides)
+
+bench-gate: $(venv) ## Has anything become slower? make bench-gate base=FILE [run=FILE tolerance=0.1]; ratios, not seconds; exit status 1 where so
+	@$(python) -m experiments.bench_gate $(overrides)
+
+bench-train: $(venv) ## Speed of training: steps, shares, MFU: make bench-train exp=NAME [bench.variants=[base,latents,latents+compile]]
+	$(need_exp)
+	@$(python) -m experiments.bench_train $(call quote,$(exp)) $(overrides)
+
+quantise: $(venv) ## What eight bits cost in dB, on a run's weights: make quantise exp=NAME [bits8=mlp|linear|mlp,linear latents=8 out=results scales=FOLDER]
+	$(need_exp)
+	@$(python) -m experiments.quantise $(call quote,$(exp)) $(overrides)
 
 profile: $(venv) ## Where a decoder's time goes, by stage and operator, beside its teacher's: make profile exp=NAME
 	$(need_exp)

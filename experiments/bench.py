@@ -15,10 +15,10 @@ import math
 import multiprocessing
 import platform
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,20 +29,20 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from decoders.inference import InferenceOptions
 from decoders.latent_spaces.base import LatentSpace
 from decoders.latent_spaces.learned import Learned, LearnedConfig
 from experiments import board
-from experiments.bench_worker import DTYPES, Job, matmul_rate, serve
+from experiments.bench_meters import matmul_rate
+from experiments.bench_table import ratio, report, summarise
+from experiments.bench_worker import DTYPES, Job, serve
 from experiments.compose import ConfigError, parse_overrides, run_cli
 from experiments.config import build_space, load
-from experiments.measured import heading, write
+from experiments.measured import write
 from experiments.runs import run_dir
-from experiments.show import table
 
 PEERS = {"wan21": "diffusers Wan 2.1", "wan22": "diffusers Wan 2.2"}
-WARM_UP = {"cpu": "two latent frames in each layout", "cuda": "two clips in each layout"}
-GIB = 2**30
-BUSY = 0.05  # share of the cores, taken by other processes, above which the report says so
+OPTIMISED = "optimised"
 
 
 @dataclass
@@ -59,6 +59,13 @@ class BenchConfig:
     arithmetic: Literal["auto", "bf16", "fp32"] = "auto"
     layout: Literal["auto", "contiguous", "channels_last"] = "auto"  # of convolutional decoders; auto tries both
     compile: bool = False  # torch.compile, of the experiment's decoder only
+    # The experiment's decoder through decoders/inference.py, beside its plain form; what the last five choose is said there.
+    optimise: bool = False
+    graphs: bool = True
+    bits8: Literal["none", "mlp", "linear"] = "none"
+    attention: str = "auto"
+    uint8: bool = False
+    fast_convolutions: bool = False
     repeats: int = 3  # each decoder once per round
     max_minutes: float = 30.0  # no further round is begun after so long
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -76,6 +83,19 @@ class BenchConfig:
                 raise ValueError(f"bench.peers: no peer {peer}; there are {', '.join(PEERS)}")
         if self.dtype == "fp32" and self.arithmetic == "bf16":
             raise ValueError("bench.arithmetic=bf16 needs bench.dtype=bf16")
+        plain = BenchConfig.__dataclass_fields__
+        for name in ("graphs", "bits8", "attention", "uint8", "fast_convolutions"):
+            if not self.optimise and getattr(self, name) != plain[name].default:
+                raise ValueError(f"bench.{name} is an option of the optimised decoder: set bench.optimise=true")
+
+    @property
+    def options(self) -> InferenceOptions | None:
+        """Of the optimised decoder; None: there is only the plain one."""
+        if not self.optimise:
+            return None
+        return InferenceOptions(
+            self.compile, self.graphs, self.bits8, self.attention, self.uint8, self.fast_convolutions
+        )
 
 
 def main(arguments: list[str]) -> None:
@@ -85,7 +105,9 @@ def main(arguments: list[str]) -> None:
     config = options([text for text in overrides if text.startswith("bench.")])
     experiment = tuple(text for text in overrides if not text.startswith("bench."))
     result = bench(name, experiment, config)
-    path = write("bench", result, config.results, config.dtype, *["compiled"] * config.compile)
+    marks = ["optimised"] * config.optimise + ["compiled"] * config.compile
+    marks += [config.bits8] * (config.bits8 != "none")
+    path = write("bench", result, config.results, config.dtype, *marks)
     board.add_measurement(run_dir(name, experiment), "bench", result, report(result))
     print(report(result), f"\nwritten to {path}", sep="")
 
@@ -124,6 +146,7 @@ class Decoder:
         theirs.close()
         self.about: dict[str, Any] = {}
         self.failed = ""
+        self.told = False
 
     def wait_until_built(self) -> None:
         self.about = self._answer()
@@ -147,9 +170,16 @@ class Decoder:
         self.failed = content if status == "failed" else ""
         return None if self.failed else content
 
+    def end(self) -> None:
+        """Tell it to leave, without waiting: many leave sooner together than one after another."""
+        if not self.told and self.process.is_alive():
+            self.told = True
+            with suppress(OSError):
+                self.connection.send(None)
+
     def close(self) -> None:
+        self.end()
         if self.process.is_alive():
-            self.connection.send(None)
             self.process.join(timeout=30)
         if self.process.is_alive():
             self.process.terminate()
@@ -174,7 +204,13 @@ def bench(name: str, overrides: tuple[str, ...], config: BenchConfig) -> dict[st
     )
     decoders: list[Decoder] = []
     try:
-        decoders.append(Decoder(Job(name, (name, overrides), None, compile=config.compile, **shared)))
+        if config.optimise:
+            label = f"{name} {OPTIMISED}"
+            decoders.append(
+                Decoder(Job(label, (name, overrides), None, compile=False, options=config.options, **shared))
+            )
+        compiled = config.compile and not config.optimise
+        decoders.append(Decoder(Job(name, (name, overrides), None, compile=compiled, **shared)))
         for peer in config.peers:
             decoders.append(Decoder(Job(PEERS[peer], None, peer, compile=False, **shared)))
         for decoder in decoders:
@@ -183,6 +219,8 @@ def bench(name: str, overrides: tuple[str, ...], config: BenchConfig) -> dict[st
         sizes = [_measure_size(decoders, config, tuple(size)) for size in config.sizes]
         about = {decoder.job.label: decoder.about for decoder in decoders}
     finally:
+        for decoder in decoders:
+            decoder.end()
         for decoder in decoders:
             decoder.close()
     return {
@@ -219,17 +257,6 @@ def check_length(command: str, num_frames: int, space: LatentSpace) -> None:
         raise ConfigError(f"{command}.num_frames={num_frames}: {error}") from None
 
 
-def waits_s(step_s: Sequence[float], step_frames: Sequence[int]) -> list[float]:
-    """Seconds from frames to frames: a step that gives none (half a chunk) is a part of the wait for the next."""
-    waits, since = [], 0.0
-    for seconds, frames in zip(step_s, step_frames, strict=True):
-        since += seconds
-        if frames:
-            waits.append(since)
-            since = 0.0
-    return waits
-
-
 def _measure_size(decoders: list[Decoder], config: BenchConfig, size: tuple[int, int]) -> dict[str, Any]:
     """Rounds in which every decoder decodes the clip once, every other round in reverse order."""
     multiple = math.lcm(*(decoder.about["multiple"] for decoder in decoders))
@@ -252,65 +279,16 @@ def _measure_size(decoders: list[Decoder], config: BenchConfig, size: tuple[int,
                 row["repetitions"].append(repetition)
                 rate = config.batch_size * config.num_frames / sum(repetition["step_s"])
                 _say(f"{size[0]}x{size[1]}: round {number + 1}, {decoder.job.label}: {rate:.3g} frames/s")
+    for decoder in decoders:
+        if decoder.job.options and (plain := rows.get(decoder.job.label.removesuffix(f" {OPTIMISED}"))):
+            rows[decoder.job.label]["trial_flops"] = plain.get(
+                "trial_flops", 0
+            )  # those of the model, whatever it computes
     for label, row in rows.items():
         row["summary"] = summarise(row, next(d.about for d in decoders if d.job.label == label), config)
     ours, *peers = rows
     ratios = {peer: ratio(rows[ours], rows[peer]) for peer in peers}
     return {"size": list(size), "decoded_size": list(covered), "rows": rows, "ratios": ratios}
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def summarise(row: dict[str, Any], about: dict[str, Any], config: BenchConfig) -> dict[str, Any] | None:
-    """Median and spread over the repetitions of one decoder at one size; None where there are none."""
-    repetitions = row["repetitions"]
-    if not repetitions:
-        return None
-    frames = config.batch_size * config.num_frames
-    fps = [frames / sum(r["step_s"]) for r in repetitions]
-    waits = [waits_s(r["step_s"], r["step_frames"]) for r in repetitions]
-    first_ms = [1e3 * seconds[0] for seconds in waits]
-    later_ms = [1e3 * s for seconds in waits for s in seconds[1:]]
-    beyond = [r["beyond_weights_bytes"] for r in repetitions]
-    known = None not in beyond
-    return {
-        "fps": statistics.median(fps),
-        "fps_min_max": [min(fps), max(fps)],
-        "first_frame_ms": statistics.median(first_ms),
-        "step_ms": statistics.median(later_ms) if later_ms else None,
-        "step_ms_p95": percentile(later_ms, 95) if later_ms else None,
-        "weights_gib": about["weights_bytes"] / GIB,
-        "beyond_weights_gib": max(beyond) / GIB if known else None,
-        "peak_gib": (about["weights_bytes"] + max(beyond)) / GIB if known else None,
-        "others_cpu_share": max((r["others_cpu_share"] or 0.0) for r in repetitions),
-        "matmul_share": statistics.median(_matmul_share(row, about, r) for r in repetitions),
-    }
-
-
-def _matmul_share(row: dict[str, Any], about: dict[str, Any], repetition: dict[str, Any]) -> float:
-    """Operations per second as a share of the matrix product's, over the part of the clip that was counted."""
-    counted_s = sum(repetition["step_s"][:2] if about["streams"] else repetition["step_s"])
-    return row["trial_flops"] / counted_s / repetition["matmul_flops_per_s"]
-
-
-def ratio(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any] | None:
-    """Ours over the peer's: frames/s round by round, and memory beyond the weights."""
-    if not (ours["repetitions"] and peer["repetitions"]):
-        return None
-    pairs = zip(ours["repetitions"], peer["repetitions"], strict=False)
-    speed = [sum(theirs["step_s"]) / sum(own["step_s"]) for own, theirs in pairs]
-    own, theirs = (side["summary"]["beyond_weights_gib"] for side in (ours, peer))
-    return {
-        "fps": statistics.median(speed),
-        "fps_min_max": [min(speed), max(speed)],
-        "beyond_weights": None if own is None or not theirs else own / theirs,
-    }
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """By the nearest rank: a value that was measured."""
-    return sorted(values)[max(0, math.ceil(percent / 100 * len(values)) - 1)]
 
 
 def device_name(device: str) -> str:
@@ -319,67 +297,6 @@ def device_name(device: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return model[1] if model else platform.processor() or platform.machine()
-
-
-# --- telling ----------------------------------------------------------------------------------------------------------
-
-
-def report(result: dict[str, Any]) -> str:
-    """The table of every size and its ratios, as printed."""
-    options = result["options"]
-    machine, compute = heading(result)
-    lines = [
-        machine,
-        f"{compute}; compile {'on' if options['compile'] else 'off'}; random weights; batch {options['batch_size']}; "
-        f"{options['num_frames']} frames; warm-up: {WARM_UP['cuda' if result['threads'] is None else 'cpu']}",
-    ]
-    for size in result["sizes"]:
-        decoded = "" if size["size"] == size["decoded_size"] else " (decoded as {}x{})".format(*size["decoded_size"])
-        lines += ["", f"{size['size'][0]}x{size['size'][1]}{decoded}", table(_rows(size, result["decoders"]))]
-        if (others := busy_with_others(size)) > BUSY and result["threads"]:
-            lines.append(
-                f"other processes took up to {others:.0%} of the cores meanwhile: measure again on a quiet machine"
-            )
-        for peer, values in size["ratios"].items():
-            if values:
-                low, high = values["fps_min_max"]
-                line = f"{result['experiment']} / {peer}: {values['fps']:.2f}x the frames/s ({low:.2f} to {high:.2f})"
-                if values["beyond_weights"] is not None:
-                    line += f", {values['beyond_weights']:.3f}x the memory beyond weights"
-                lines.append(line)
-    return "\n".join(lines) + "\n"
-
-
-def busy_with_others(size: dict[str, Any]) -> float:
-    """The largest share of the cores that other processes had while a decoder was measured."""
-    summaries = [row["summary"] for row in size["rows"].values() if row["summary"]]
-    return max((summary["others_cpu_share"] for summary in summaries), default=0.0)
-
-
-def _rows(size: dict[str, Any], decoders: dict[str, Any]) -> list[list[Any]]:
-    head = ["decoder", "M", "mode", "layout", "frames/s", "min to max", "first ms", "step ms", "p95 ms"]
-    rows: list[list[Any]] = [[*head, "weights GiB", "beyond GiB", "of matmul", "rounds"]]
-    for label, row in size["rows"].items():
-        summary, about = row["summary"], decoders[label]
-        millions = f"{about['parameters'] / 1e6:.1f}"
-        mode = "stream" if about["streams"] else "whole clip"
-        if summary is None:
-            rows.append([label, millions, mode, "", row["failed"], *[""] * 8])
-            continue
-        low, high = summary["fps_min_max"]
-        rows.append(
-            [
-                *(label, millions, mode, row["layout"], f"{summary['fps']:.3g}", f"{low:.3g} to {high:.3g}"),
-                *(_number(summary[key], ".1f") for key in ("first_frame_ms", "step_ms", "step_ms_p95")),
-                *(_number(summary[key], ".3f") for key in ("weights_gib", "beyond_weights_gib")),
-                *(f"{summary['matmul_share']:.0%}", str(len(row["repetitions"]))),
-            ]
-        )
-    return rows
-
-
-def _number(value: float | None, form: str) -> str:
-    return "not measured" if value is None else f"{value:{form}}"
 
 
 def _say(text: str) -> None:

@@ -19,8 +19,9 @@ import torch
 from decoders.base import DECODER
 from experiments import compare_runs
 from experiments import weights as weights_of
-from experiments.bench import GIB, Decoder, device_name
-from experiments.bench_worker import machine_busy_s, memory, peak_memory, release_memory, reset_peak
+from experiments.bench import Decoder, device_name
+from experiments.bench_memory import machine_busy_s, memory, peak_memory, release_memory, reset_peak
+from experiments.bench_table import GIB
 from experiments.comparison import Row, Speed, Stream
 from experiments.config import build_decoder, build_space
 from experiments.evaluate import reference_methods

@@ -11,18 +11,8 @@ from torch.nn import functional as F
 
 from decoders.latent_spaces.learned import Learned
 from experiments import bench_worker
-from experiments.bench import (
-    BenchConfig,
-    bench,
-    check_length,
-    main,
-    options,
-    percentile,
-    ratio,
-    report,
-    summarise,
-    waits_s,
-)
+from experiments.bench import BenchConfig, bench, check_length, main, options
+from experiments.bench_table import percentile, ratio, report, summarise, waits_s
 from experiments.bench_worker import Bench, Float32Arithmetic, Job
 from experiments.compose import ConfigError
 

@@ -46,10 +46,12 @@ RELEASED: dict[str, dict[str, Any]] = {
         "latents_mean": [0.0] * 48,
         "latents_std": [1.0] * 48,
     },
+    "ltx": {},  # 0.9.0, which diffusers' defaults are
 }
 LAYOUTS = {
     "wan21": VAELayout("AutoencoderKLWan", "wan", channels=16, stride_t=4, stride_hw=8),
     "wan22": VAELayout("AutoencoderKLWan", "wan", channels=48, stride_t=4, stride_hw=16),
+    "ltx": VAELayout("AutoencoderKLLTXVideo", "ltx", channels=128, stride_t=8, stride_hw=32),
 }
 
 
@@ -244,12 +246,13 @@ class DiffusersDecoder(nn.Module):
 
     @classmethod
     def random(cls, release: str) -> "DiffusersDecoder":
-        """The layout of ``wan21`` (``vae.decoder`` has 73.3 M parameters) or ``wan22`` (555.0 M), random, float32."""
+        """The layout of ``wan21`` (``vae.decoder`` has 73.3 M parameters), ``wan22`` (555.0 M) or ``ltx`` (238.8 M), random,
+        float32."""
         if release not in RELEASED:
-            raise ValueError(f"no released layout {release!r}; there are {' and '.join(RELEASED)}")
-        from diffusers import AutoencoderKLWan
+            raise ValueError(f"no released layout {release!r}; there are {', '.join(RELEASED)}")
+        import diffusers
 
-        vae = AutoencoderKLWan(**RELEASED[release])
+        vae = getattr(diffusers, LAYOUTS[release].class_name)(**RELEASED[release])
         return cls(vae.requires_grad_(False).eval(), LAYOUTS[release])
 
     @classmethod

@@ -38,7 +38,7 @@ from experiments.bench_table import ratio, report, summarise
 from experiments.bench_worker import DTYPES, Job, serve
 from experiments.compose import ConfigError, parse_overrides, run_cli
 from experiments.config import build_space, load
-from experiments.measured import write
+from experiments.measured import require_folder, write
 from experiments.runs import run_dir
 
 PEERS = {"wan21": "diffusers Wan 2.1", "wan22": "diffusers Wan 2.2"}
@@ -192,6 +192,7 @@ def bench(name: str, overrides: tuple[str, ...], config: BenchConfig) -> dict[st
     if config.peers:
         check_length("bench", config.num_frames, Learned(LearnedConfig(stride_t=4)))
     device = find_device(config.device)
+    require_folder(config.results)
     if config.threads:
         torch.set_num_threads(config.threads)
     arithmetic, rates = choose_arithmetic(device, config)
@@ -215,7 +216,7 @@ def bench(name: str, overrides: tuple[str, ...], config: BenchConfig) -> dict[st
             decoders.append(Decoder(Job(PEERS[peer], None, peer, compile=False, **shared)))
         for decoder in decoders:
             _say(f"building {decoder.job.label}")
-            decoder.wait_until_built()
+            _wait_until_built(decoder)
         sizes = [_measure_size(decoders, config, tuple(size)) for size in config.sizes]
         about = {decoder.job.label: decoder.about for decoder in decoders}
     finally:
@@ -239,6 +240,18 @@ def bench(name: str, overrides: tuple[str, ...], config: BenchConfig) -> dict[st
         "decoders": about,
         "sizes": sizes,
     }
+
+
+def _wait_until_built(decoder: Decoder) -> None:
+    """Raises ConfigError where a family has no such optimised form."""
+    try:
+        decoder.wait_until_built()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        if decoder.job.options is None or not reason.startswith("ValueError: "):
+            raise
+        hint = "; make bench-all measures our own backbones on its weights" if "has no optimised form" in reason else ""
+        raise ConfigError(f"bench.optimise=true: {reason.removeprefix('ValueError: ')}{hint}") from None
 
 
 def choose_arithmetic(device: str, config: Any) -> tuple[str, dict[str, float]]:

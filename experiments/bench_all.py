@@ -33,6 +33,7 @@ from experiments.bench_rows import PLAIN, PROFILES, Group, Profile, chosen, opti
 from experiments.bench_store import Store
 from experiments.bench_worker import DTYPES
 from experiments.compose import ConfigError, parse_overrides, run_cli
+from experiments.measured import require_folder
 
 ROOT = Path(__file__).parents[1]
 # What a change of makes measurements old: everything that decodes, and what times it; not what tells of it.
@@ -55,7 +56,7 @@ class AllConfig:
     dtype: Literal["bf16", "fp32"] = "bf16"
     arithmetic: Literal["auto", "bf16", "fp32"] = "auto"
     threads: int | None = None
-    max_gib: float | None = None  # of weights that processes which take turns may hold; null: a third of what is free
+    max_gib: float | None = None  # of weights that processes which take turns may hold; null: half of what is free
     out: str = "results"
     fresh: bool = False
 
@@ -110,6 +111,7 @@ def bench_all(config: AllConfig, arguments: Sequence[str] = ()) -> tuple[dict[st
         groups = _with_ways(chosen(name, config.only), name, config.ways)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    require_folder(config.out)
     if config.threads:
         torch.set_num_threads(config.threads)
     profile = _changed(PROFILES[name], config)

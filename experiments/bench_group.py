@@ -14,7 +14,7 @@ from experiments.bench_rows import PLAIN, Entry, Group, Profile, options_of
 from experiments.bench_store import Store
 from experiments.bench_worker import Job
 
-AHEAD = 2  # processes that are built on the CPU before their turn
+AHEAD = 1  # processes that are built on the CPU before their turn
 NOTHING: dict[str, Any] = {"status": "", "reason": "", "repetitions": []}
 
 
@@ -57,7 +57,7 @@ class Runner:
 
     def start(self) -> None:
         if self.decoder is None and self.gone is None:
-            self.decoder = Decoder(self.job)
+            self.decoder, self.about = Decoder(self.job), {}  # a later batch's process is settled anew
 
     def ask(self, request: str, **arguments: Any) -> Any:
         """The answer; None where it has none, and ``gone`` or the decoder's ``failed`` says why."""
@@ -122,14 +122,12 @@ def measure_group(
         cells = cells_of(entry, profile, name, sizes, num_frames)
         for way in entry.ways.get(name, (PLAIN,)):
             runners.append(Runner(entry, way, group.name, _job(entry, way, shared), cells))
-    batches = batched(runners, max_gib or _free_gib() / 3) if profile.together else [[runner] for runner in runners]
+    batches = batched(runners, max_gib or _free_gib() / 2) if profile.together else [[runner] for runner in runners]
     batches = [batch for batch in batches if any(_is_wanted(runner, runners, store) for runner in batch)]
     try:
         for number, batch in enumerate(batches):
             ahead = [] if profile.together else [runner for later in batches[number + 1 :] for runner in later]
-            for runner in [*batch, *ahead[:AHEAD]]:
-                runner.start()
-            _measure_batch(batch, profile, store)
+            _measure_batch(batch, ahead, profile, store)
             _close(batch)
     finally:
         _close(runners)
@@ -214,11 +212,14 @@ def _free_gib() -> float:
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), 8.0)
 
 
-def _measure_batch(batch: list[Runner], profile: Profile, store: Store) -> None:
-    """Settle and check everyone, then every cell in rounds."""
-    for runner in batch:
+def _measure_batch(batch: list[Runner], ahead: list[Runner], profile: Profile, store: Store) -> None:
+    """Settle and check everyone, then every cell in rounds. While one is settled only the next of the batch and of ``ahead`` are
+    built: until it has been, each holds its weights in float32."""
+    for index, runner in enumerate(batch):
+        for later in [*batch[index:], *ahead][: 1 + AHEAD]:
+            later.start()
         _say(f"building {runner.name}")
-        if runner.settle():
+        if runner.settle() and not (runner.check or runner.refused):  # an anchor comes again with every batch
             _check(runner, profile, store)
     cells = list(dict.fromkeys(cell for runner in batch for cell in runner.cells))
     for place in dict.fromkeys((cell.frames, cell.size, cell.mode) for cell in cells):

@@ -81,15 +81,19 @@ TRANSFORMER = {
     "gpu": (PLAIN, OPTIMISED, "optimised+compiled", "optimised+compiled+mlp8", "optimised+compiled+linear8"),
 }
 HEADLINE = {
-    "cpu": (PLAIN, OPTIMISED, "optimised+compiled", "optimised+linear8"),
+    "cpu": (PLAIN, OPTIMISED, "optimised+compiled+mlp8"),
     "gpu": (*TRANSFORMER["gpu"], "optimised+compiled+linear8+uint8"),
 }
 BACKBONE = {"cpu": (PLAIN, OPTIMISED, "optimised+fast"), "gpu": EXACT["gpu"]}
+# Of the CPU, whose profile must end within minutes: convolutions cost so much per pixel at any size; XL's products of fewer
+# tokens than 256x256 has would wait for the weights.
 SMALL = {"cpu": ((9, 128, 128),)}
+BOTH = {"cpu": (*SMALL["cpu"], (9, 256, 256))}  # the small one first: the faster layout is found there
 
 
-def _flash(size: str, millions: float, ways: dict[str, tuple[str, ...]]) -> Entry:
-    return Entry(f"FlashDecoder-{size.upper()}", experiment=f"flashdecoder_{size}_stage1", millions=millions, ways=ways)
+def _flash(size: str, millions: float, ways: dict[str, tuple[str, ...]], **changes: Any) -> Entry:
+    name = f"flashdecoder_{size}_stage1"
+    return Entry(f"FlashDecoder-{size.upper()}", experiment=name, millions=millions, ways=ways, **changes)
 
 
 def _regen(k: int, frames: int, baseline: float) -> Group:
@@ -107,13 +111,22 @@ GROUPS = (
     Group(
         "wan22",
         (
-            Entry("diffusers Wan 2.2", release="wan22", millions=555.0),
+            Entry("diffusers Wan 2.2", release="wan22", millions=555.0, sizes=BOTH),
             _flash("xl", 769.3, HEADLINE),
-            _flash("l", 348.0, TRANSFORMER),
-            _flash("b", 161.7, TRANSFORMER),
-            _flash("s", 56.8, TRANSFORMER),
-            Entry("Wan 2.2 backbone", "", "wan22", "backbone", 555.0, ways=EXACT, equals="diffusers Wan 2.2"),
-            Entry("Flash-VAED Wan 2.2", "flash_vaed_wan22_phase1", millions=47.5, ways=EXACT),
+            _flash("l", 348.0, TRANSFORMER, profiles=("gpu",)),
+            _flash("b", 161.7, TRANSFORMER, profiles=("gpu",)),
+            _flash("s", 56.8, TRANSFORMER, profiles=("gpu",)),
+            Entry(
+                "Wan 2.2 backbone",
+                "",
+                "wan22",
+                "backbone",
+                555.0,
+                ways=BACKBONE,
+                equals="diffusers Wan 2.2",
+                sizes=SMALL,
+            ),
+            Entry("Flash-VAED Wan 2.2", "flash_vaed_wan22_phase1", millions=47.5, ways=EXACT, profiles=("gpu",)),
             Entry(
                 "RefDecoder Wan 2.2",
                 "refdecoder_wan22_clip5",
@@ -122,15 +135,24 @@ GROUPS = (
                 ways=EXACT,
                 profiles=("gpu",),
             ),
-            Entry("TAEHV-like Wan 2.2", "", "wan22", "taehv", 9.9, ways=EXACT),
+            Entry("TAEHV-like Wan 2.2", "", "wan22", "taehv", 9.9, ways=EXACT, profiles=("gpu",)),
         ),
     ),
     Group(
         "wan21",
         (
-            Entry("diffusers Wan 2.1", release="wan21", millions=73.3, sizes={"cpu": ((9, 256, 256), (9, 128, 128))}),
-            Entry("Wan 2.1 backbone", "", "wan21", "backbone", 73.3, ways=BACKBONE, equals="diffusers Wan 2.1"),
-            Entry("Flash-VAED Wan 2.1", "flash_vaed_wan21_phase1", millions=5.9, ways=EXACT),
+            Entry("diffusers Wan 2.1", release="wan21", millions=73.3, sizes=SMALL),
+            Entry(
+                "Wan 2.1 backbone",
+                "",
+                "wan21",
+                "backbone",
+                73.3,
+                ways=BACKBONE,
+                equals="diffusers Wan 2.1",
+                sizes=SMALL,
+            ),
+            Entry("Flash-VAED Wan 2.1", "flash_vaed_wan21_phase1", millions=5.9, ways=EXACT, sizes=SMALL),
             Entry(
                 "FlashDecoder-XL Wan 2.1",
                 "flashdecoder_xl_wan21_stage1",
@@ -149,15 +171,15 @@ GROUPS = (
                 arguments=((("steps", 1),), (("steps", 4),)),
                 profiles=("gpu",),
             ),
-            Entry("TAEHV-like Wan 2.1", "", "wan21", "taehv", 9.8, ways=EXACT),
+            Entry("TAEHV-like Wan 2.1", "", "wan21", "taehv", 9.8, ways=EXACT, sizes=SMALL),
         ),
     ),
     Group(
         "ltx",
         (
-            Entry("diffusers LTX", release="ltx", millions=238.8),
-            Entry("LTX backbone", "", "ltx", "backbone", 238.8, ways=BACKBONE, equals="diffusers LTX"),
-            Entry("Flash-VAED LTX", "flash_vaed_ltx_phase1", millions=67.0, ways=EXACT),
+            Entry("diffusers LTX", release="ltx", millions=238.8, sizes=SMALL),
+            Entry("LTX backbone", "", "ltx", "backbone", 238.8, ways=BACKBONE, equals="diffusers LTX", sizes=SMALL),
+            Entry("Flash-VAED LTX", "flash_vaed_ltx_phase1", millions=67.0, ways=EXACT, sizes=SMALL),
         ),
     ),
     _regen(4, 5, 265.8),
@@ -184,21 +206,28 @@ def is_lossless(way: str) -> bool:
     return not LOSSY & set(way.split("+"))
 
 
+def _hits(patterns: list[str], *names: str) -> set[str]:
+    return {p for p in patterns if any(fnmatchcase(name.lower(), p.lower()) for name in names)}
+
+
 def chosen(profile: str, only: list[str]) -> list[Group]:
-    """The groups of a profile, or with ``only`` (patterns of labels, experiments or groups' names) what they name in any
-    profile, each group with its anchor, and with the decoder that one of its own must equal.
+    """The groups of a profile, or with ``only`` (patterns of labels, experiments or groups' names) what they name, each group
+    with its anchor, which is also the decoder that one of its own must equal. A decoder that is named is taken whatever the
+    profile; of a group that is named, what the profile has, and all of it where it has nothing.
 
     Raises:
         ValueError: a pattern that names nothing.
     """
     groups, named = [], set()
     for group in GROUPS:
-        kept = []
+        own = [entry for entry in group.entries if profile in entry.profiles]
+        of_group = _hits(only, group.name)
+        kept = list(own or group.entries) if of_group else [] if only else own
+        named |= of_group
         for entry in group.entries:
-            names = (group.name, entry.label, entry.experiment)
-            hits = {p for p in only if any(fnmatchcase(name.lower(), p.lower()) for name in names)}
+            hits = _hits(only, entry.label, entry.experiment)
             named |= hits
-            if hits or (not only and profile in entry.profiles):
+            if hits and entry not in kept:
                 kept.append(entry)
         if kept:
             anchor = group.entries[0]

@@ -37,7 +37,7 @@ from experiments.bench import device_name, options
 from experiments.compiling import repeated_blocks, switch
 from experiments.compose import ConfigError, run_cli
 from experiments.config import Experiment, build_decoder, build_space, check_decoder, load
-from experiments.measured import markdown, write
+from experiments.measured import markdown, require_folder, write
 from experiments.shares import PARTS, Shares
 from experiments.throughput import peak_memory_gib
 from experiments.train import build, choose_precision, quiet
@@ -107,6 +107,7 @@ def bench_train(name: str, overrides: list[str], config: BenchTrainConfig) -> di
     seed_everything(experiment.seed, verbose=False)
     decoder = _build(experiment, config)
     shapes = _shapes(experiment, decoder, config)
+    require_folder(config.results)
     turns = schedule(list(shapes), config)
     encode = EncodeAhead(decoder) if any(turn.has("ahead") for turn in turns) else None
     stepper = Stepper(experiment, turns, decoder)

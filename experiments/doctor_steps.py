@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.config import StreamConfig
 from decoders.base import VideoDecoder
+from experiments.compiling import compile_decoder
 from experiments.config import Experiment, streams
 from experiments.throughput import peak_memory_gib
 from experiments.train import build, choose_precision
@@ -102,7 +103,7 @@ def measure_steps(experiment: Experiment, steps: int) -> list[Step]:
     seed_everything(experiment.seed, verbose=False)
     decoder, watch, noise = build(experiment), Stopwatch(list(shapes), steps), Noise(shapes, steps)
     if experiment.trainer.compile:
-        decoder.model.compile()
+        compile_decoder(decoder, experiment.trainer.compile, sharded=False, many_sizes=len(set(shapes.values())) > 1)
     trainer = Trainer(
         accelerator=experiment.trainer.accelerator,
         devices=1,

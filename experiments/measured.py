@@ -2,9 +2,23 @@
 
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from experiments.compose import ConfigError
+
+
+def require_folder(folder: str | Path) -> None:
+    """Make the folder of a result, before the work that it is for. Raises ConfigError where nothing can be written."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"results cannot be written to {folder}: {error.strerror}; choose another folder") from None
 
 
 def write(kind: str, result: dict[str, Any], folder: str, *marks: str) -> Path:

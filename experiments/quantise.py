@@ -44,7 +44,7 @@ from experiments.bench import device_name
 from experiments.compose import ConfigError, run_cli
 from experiments.config import Experiment, load, require_paths
 from experiments.evaluate import require_files
-from experiments.measured import markdown, write
+from experiments.measured import markdown, require_folder, write
 from experiments.runs import run_name
 from experiments.train import build, build_data, quiet
 from losses.pretrained import WeightsNotFound
@@ -99,6 +99,8 @@ def run(name: str, options: QuantiseOptions, overrides: Sequence[str] = ()) -> d
     require_paths(experiment)
     file = weights_of.find(experiment, run_name(name, overrides), options.weights)
     require_files(experiment)
+    for folder in filter(None, (options.out, options.scales)):
+        require_folder(folder)
     experiment.ema = None  # the file holds one set of weights: those are measured
     try:
         decoder = build(experiment)

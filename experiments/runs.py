@@ -33,6 +33,9 @@ NEUTRAL = (
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.shard_group",
+    "trainer.encode_ahead",  # this one and the next two: when something is computed, or again; the same numbers
+    "trainer.checkpointing",
+    "trainer.memory_gib",
     "trainer.progress_bar",
     "trainer.peak_tflops",
     "trainer.log_every_steps",

@@ -237,8 +237,23 @@ def memory(experiment: Experiment, decoder: Any) -> str:
         f"  states = {formula}\n"
         f"  activations = what the network keeps for its backward pass at this batch size in {precision}, counted tensor\n"
         "  by tensor. Not counted: the encoder, the losses' networks, a discriminator's activations, DDP's buckets,\n"
-        "  the allocator's slack. TensorBoard shows the measured peak."
+        "  the allocator's slack. TensorBoard shows the measured peak." + _recomputed(experiment, decoder)
     )
+
+
+def _recomputed(experiment: Experiment, decoder: Any) -> str:
+    """What ``trainer.checkpointing=auto`` would do here; empty without it."""
+    if experiment.trainer.checkpointing != "auto":
+        return ""
+    from experiments import recompute  # it counts by what is here
+
+    if not hasattr(experiment.decoder, "checkpointing"):
+        return "\n  checkpointing=auto: this decoder has no checkpointing; leave it out"
+    on_gpu = experiment.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    room = recompute.device_memory_gib(torch.device("cuda" if on_gpu else "cpu"), experiment.trainer.memory_gib)
+    whose = "given" if experiment.trainer.memory_gib else "this machine's own; trainer.memory_gib says another's"
+    counted = recompute.count(experiment, decoder.latent_space)
+    return f"\n  {recompute.plan(counted, room)[1]}\n  of {room:.4g} GiB ({whose})"
 
 
 def fake_steps(

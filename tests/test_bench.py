@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from decoders.inference import InferenceOptions
 from decoders.latent_spaces.learned import Learned
 from experiments import bench_worker
-from experiments.bench import BenchConfig, bench, check_length, main, options
+from experiments.bench import BenchConfig, _wait_until_built, bench, check_length, main, options
 from experiments.bench_table import percentile, ratio, report, summarise, waits_s
 from experiments.bench_worker import Bench, Float32Arithmetic, Job
 from experiments.compose import ConfigError
@@ -43,6 +45,8 @@ def test_options_are_typed_overrides():
         ("bench.dtype=int8", "bench.dtype.*bf16"),
         ("bench.repeats=0", "1 or more"),
         ("bench.arithmetic=bf16 bench.dtype=fp32", "needs bench.dtype=bf16"),
+        ("bench.uint8=true", "bench.uint8 is an option of the optimised decoder: set bench.optimise=true"),
+        ("bench.optimise=true bench.bits8=all", "bench.bits8.*linear"),
     ],
 )
 def test_wrong_options_are_refused(override: str, message: str):
@@ -193,6 +197,45 @@ def test_a_run_beside_a_peer_prints_a_table_and_writes_json(tmp_path: Path, caps
     assert set(size["rows"]["diffusers Wan 2.1"]["trial_s"]) == {"contiguous", "channels_last"}
     assert size["ratios"]["diffusers Wan 2.1"]["fps"] > 1
     assert report(result) in printed
+
+
+def test_an_optimised_decoder_stands_beside_its_plain_form(tmp_path: Path, capsys: pytest.CaptureFixture):
+    choices = ["optimise=true", "uint8=true", "bits8=mlp", "peers=[]", "sizes=[[32,32]]", "num_frames=5", "repeats=1"]
+    main(["flashdecoder_debug", *(f"bench.{choice}" for choice in [*choices, f"results={tmp_path}"])])
+    printed = capsys.readouterr().out
+    (path,) = tmp_path.glob("bench-flashdecoder_debug-*-bf16-optimised-mlp.json")
+    result = json.loads(path.read_text())
+    ours, plain = "flashdecoder_debug optimised", "flashdecoder_debug"
+    (size,) = result["sizes"]
+    assert list(size["rows"]) == [ours, plain] and list(size["ratios"]) == [plain] and size["ratios"][plain]["fps"] > 0
+    assert size["rows"][ours]["trial_flops"] == size["rows"][plain]["trial_flops"] > 0, (
+        "the model's, whatever it computes"
+    )
+    assert result["decoders"][ours]["parameters"] == result["decoders"][plain]["parameters"] > 1e5
+    assert f"{ours} / {plain}: " in printed and result["options"]["bits8"] == "mlp"
+
+
+def test_a_form_that_a_family_does_not_have_is_one_line():
+    with pytest.raises(ConfigError, match="bench.optimise=true: .*bits8") as error:
+        bench("flash_vaed_debug", (), options(["bench.optimise=true", "bench.peers=[]", "bench.bits8=mlp"]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work():
+    with pytest.raises(ConfigError, match="results cannot be written to /dev/null/x: .*another folder"):
+        bench("flashdecoder_debug", (), BenchConfig(peers=[], results="/dev/null/x"))
+
+
+def test_a_network_without_an_optimised_form_names_what_there_is():
+    def fails() -> None:
+        raise RuntimeError("Traceback\nValueError: DiffusersDecoder has no optimised form")
+
+    decoder = SimpleNamespace(wait_until_built=fails, job=SimpleNamespace(options=InferenceOptions()))
+    with pytest.raises(ConfigError, match="^bench.optimise=true: DiffusersDecoder has no .*; make bench-all measures"):
+        _wait_until_built(decoder)
+    decoder.job.options = None
+    with pytest.raises(RuntimeError, match="Traceback"):
+        _wait_until_built(decoder)
 
 
 def test_steps_without_frames_count_as_waiting():

@@ -95,7 +95,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 # --- the table of decoders --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entry", [e for g in GROUPS for e in g.entries if e.kind != "backbone"], ids=lambda e: e.label)
+def quick_or_slow(entry: Entry) -> Any:
+    return pytest.param(entry, id=entry.label, marks=() if "cpu" in entry.profiles else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("entry", [quick_or_slow(e) for g in GROUPS for e in g.entries if e.kind != "backbone"])
 def test_every_decoder_exists_and_has_the_size_that_the_table_says(entry: Entry):
     job = SimpleNamespace(
         experiment=(entry.experiment, ()) if entry.experiment else None, release=entry.release, kind=entry.kind
@@ -138,6 +142,8 @@ def test_only_chooses_by_label_experiment_or_group_and_keeps_anchors():
         ["diffusers Wan 2.1", "Flash-VAED Wan 2.1"],
     ]
     assert labels("k32") == [["MAGVIT-v2 k32", "REGEN k32"]]  # also what the profile leaves out
+    assert labels("wan22") == labels("wan22", "flashdecoder-xl"), "of a group, what the profile has"
+    assert "FlashDecoder-S" not in labels("wan22")[0] and "FlashDecoder-S" in labels("wan22", "*-s")[0]
     assert "REGEN k32" not in sum(labels(), []) and "REGEN k4" in sum(labels(), [])
     with pytest.raises(ValueError, match="'flashdecodr' names no decoder; there are diffusers Wan 2.2"):
         labels("k4", "flashdecodr")
@@ -239,6 +245,12 @@ def test_what_was_measured_is_not_measured_again_but_by_other_code(tiny, monkeyp
     monkeypatch.setattr(bench_all, "code_hash", lambda: "other code")
     tiny(entries=ENTRIES[:1])
     assert Inside.started == ["anchor plain"] and "measured anew: other code" in capsys.readouterr().err
+
+
+def test_an_anchor_that_comes_again_with_every_batch_is_built_anew(tiny):
+    status, result = tiny("max_gib=0.0001", "ways=[optimised]", "rounds=1", entries=ENTRIES[:2])
+    assert status == 0 and {row["status"] for row in result["rows"].values()} == {"measured"}
+    assert Inside.started.count("anchor plain") > 1 and len(result["rows"]) == 3
 
 
 def test_out_of_memory_is_a_row_and_not_the_end(tiny):

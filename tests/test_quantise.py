@@ -69,6 +69,7 @@ def test_every_form_is_scored_on_the_same_clips_and_scales_are_saved(tmp_path, c
         ([NAME, "latents=0", *OVERRIDES], "latents and clips must be 1 or more"),
         ([NAME, "weights=newest", *OVERRIDES], "weights=newest is none of ema"),
         ([NAME, "trainer.max_steps=77"], "has no weights|no run|not found|is not there|make exp="),
+        (["flash_vaed_debug", "weights=start", "out=/dev/null/x"], "results cannot be written to /dev/null/x: "),
         (["flash_vaed_debug", "weights=start"], "has no eight-bit form; FlashDecoder's experiments have"),
     ],
 )

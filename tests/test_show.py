@@ -84,6 +84,18 @@ def test_memory_is_counted():
     assert saved["large"] + gradients / 2 < peak < 3 * (saved["large"] + gradients)
 
 
+def test_what_automatic_checkpointing_would_do_is_told(capsys):
+    def told(*overrides: str) -> str:
+        assert show.main(["flashdecoder_debug", *overrides]) == 0
+        return capsys.readouterr().out
+
+    assert "checkpointing=auto" not in told()
+    said = told("trainer.checkpointing=auto", "trainer.memory_gib=0.001")
+    assert re.search(r"checkpointing=auto: 0 GiB for activations; .*video .* again", said)
+    assert "of 0.001 GiB (given)" in said and "(not begun)" in said
+    assert re.search(r"video .* kept", told("trainer.checkpointing=auto", "trainer.memory_gib=100"))
+
+
 def test_references_are_counted():
     """What a step looks at is held too: two references cost more than one, and one more than none."""
     sizes = []

@@ -1,6 +1,7 @@
 """What makes a training step faster computes the same: compiled blocks, LPIPS in bfloat16, an encoder ahead, activations kept."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -52,7 +53,9 @@ class Losses(Callback):
 def run(name: str, *overrides: str) -> tuple[Losses, dict[str, torch.Tensor]]:
     losses, overrides = Losses(), (*SHORT, *overrides)
     folder = train(load(name, overrides), name, overrides, [losses])
-    return losses, load_file(next(folder.glob("weights-last.safetensors")))
+    weights = load_file(next(folder.glob("weights-last.safetensors")))
+    shutil.rmtree(folder)  # what changes no number changes no run's name: the next one must not find this one complete
+    return losses, weights
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

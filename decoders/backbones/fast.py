@@ -22,7 +22,7 @@ from decoders.inference import InferenceOptions
 from decoders.layers import native
 from decoders.layers.causal_conv import Past
 from decoders.layers.cuda_graphs import capture
-from decoders.layers.deployed import RECOMPILES, shared_copy, to_uint8
+from decoders.layers.deployed import check_latent, compiled, inference, shared_copy, to_uint8
 
 MAX_GRAPHS = 4  # sizes whose graphs are kept
 
@@ -71,7 +71,7 @@ class FastStaged(nn.Module):
         self._advance: Callable = self.network.advance
         self._whole: Callable = _whole(self.network)
         if options.compile:
-            self._advance, self._whole = _compiled(self._advance), _compiled(self._whole)
+            self._advance, self._whole = (compiled(part, dynamic=False) for part in (self._advance, self._whole))
         self._graphs: OrderedDict[tuple, StepGraph] = OrderedDict()
         if options.graphs and device.type == "cuda":
             self.network.advance = self._replay
@@ -97,14 +97,15 @@ class FastStaged(nn.Module):
 
     # ---- as the decoder
 
-    @torch.no_grad()
+    @inference
     def forward(self, latent: Float[Tensor, "b c n y x"]) -> Tensor:
         """As :meth:`decode`."""
         return self.decode(latent)
 
-    @torch.no_grad()
+    @inference
     def decode(self, latent: Float[Tensor, "b c n y x"]) -> Tensor:
         """RGB clamped to [-1, 1] "b 3 t h w"; with ``uint8`` "b t h w 3"."""
+        check_latent(latent, self.channels)
         if not self.can_stream:
             video = self.quantise(self._whole(latent))
             self.network.frame_pool.clear()
@@ -119,7 +120,7 @@ class FastStaged(nn.Module):
         """As :meth:`StagedDecoder.start_stream`."""
         return self.network.start_stream(batch_size, height, width)
 
-    @torch.no_grad()
+    @inference
     def step_stream(self, latent_frame: Float[Tensor, "b c y x"], state: ConvStream) -> Tensor:
         """The frames of the next latent frame, "b 3 k h w" clamped to [-1, 1]; with ``uint8`` "b k h w 3"."""
         return self.quantise(self.network.step_stream(latent_frame, state))
@@ -176,17 +177,6 @@ def _whole(network: StagedDecoder) -> Callable:
         return network(latent).clamp(-1, 1)
 
     return whole
-
-
-def _compiled(function: Callable) -> Callable:
-    """As one graph per size, or an error."""
-    inner = torch.compile(function, fullgraph=True, dynamic=False)
-
-    def call(*arguments: object) -> object:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
-            return inner(*arguments)
-
-    return call
 
 
 def _form(past: Past) -> tuple:

@@ -5,45 +5,15 @@ torch's own kernel spends most of its time on the softmax between its two produc
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.cpp_extension import get_default_build_root
+
+from decoders.layers import native
 
 SOURCE = Path(__file__).with_name("attention_cpu.cpp")
-FLAGS = (
-    "-O3",
-    "-std=c++17",
-    "-shared",
-    "-fPIC",
-    "-fopenmp",
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512dq",
-    "-mavx512vl",
-    "-mavx512bf16",
-)
 BLOCK = 64 * 64  # keys of a block times head dimension
-
-
-@functools.cache
-def _flags() -> frozenset[str]:
-    """What the processor can do, in Linux's words; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
-
-
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def refused(q: Tensor) -> str:
@@ -52,32 +22,13 @@ def refused(q: Tensor) -> str:
         return f"it runs on a CPU, these tensors are on {q.device.type}"
     if q.dtype != torch.bfloat16:
         return f"it takes bf16, not {q.dtype}"
-    if not {"avx512_bf16", "avx512bw", "avx512vl", "avx512dq"} <= _flags():
-        return "this processor has no AVX512-BF16"
-    if _compiler() is None:
-        return "there is no C++ compiler (g++, or what CXX names)"
-    return ""
+    return native.missing()
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The compiled kernel, from the folder of torch's extensions, made there if it is not. RuntimeError: it does not compile."""
-    compiler = _compiler()
-    # Linked to the OpenMP that torch runs on, if it brings one: two of them would fight for the cores.
-    folders = (Path(torch.__file__).parent / "lib", Path(torch.__file__).parent.parent / "torch.libs")
-    openmp = [str(found) for folder in folders for found in sorted(folder.glob("libgomp*.so*"))][:1]
-    command = [compiler, *FLAGS, str(SOURCE), *openmp]
-    digest = hashlib.sha256(repr(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    target = Path(get_default_build_root()) / f"flashdecoder_attention_{digest}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            run = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
-            if run.returncode != 0:
-                raise RuntimeError(f"{SOURCE.name} does not compile with {compiler}: {run.stderr.strip()[-500:]}")
-            made.replace(target)
-    library = ctypes.CDLL(str(target))
+    """The compiled kernel. RuntimeError: see :func:`decoders.layers.native.library`."""
+    library = native.library(SOURCE)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.attention_bf16.argtypes = [*[pointer] * 5, *[integer] * 5, *[ctypes.POINTER(integer)] * 3, ctypes.c_int]
     library.attention_bf16.restype = None

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from decoders.layers.linear8 import E4M3_MAX, INT8_MAX, LAYERS, Linear8, to_uint8, weight_to_int8
+from decoders.layers.linear8 import E4M3_MAX, INT8_MAX, LAYERS, Linear8, to_offset_bytes, weight_to_int8
 
 FORMAT = "flashdecoder-bits8-1"
 MLP, ALL = "mlp", "linear"
@@ -251,7 +251,7 @@ def _exponents(largest: Tensor, weight: Tensor, strength: float) -> Tensor | Non
 
 
 def _int8_values(x: Tensor, scale: float) -> Tensor:
-    return (to_uint8(x, 1 / scale).float() - 128) * scale
+    return (to_offset_bytes(x, 1 / scale).float() - 128) * scale
 
 
 def _squared_error(x: Tensor, scale: float) -> float:

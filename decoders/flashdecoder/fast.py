@@ -7,11 +7,10 @@ nothing can be fused anyway.  Caches hold what the reference holds, keys before 
 does there: a stream equals the reference to rounding, however long it runs.  Weights are shared with the model.
 """
 
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -21,6 +20,7 @@ from decoders.flashdecoder import attention, rope
 from decoders.flashdecoder.blocks import HEAD_DIM
 from decoders.flashdecoder.fast_blocks import FastBlock, FastHead, Tables, gain_of, normalise, shared
 from decoders.flashdecoder.stack import Grid
+from decoders.layers.deployed import at_rest, check_latent, compiled
 
 SIZES_KEPT = 8  # (batch, size) pairs whose tables and graphs are kept, the least recently used goes first
 
@@ -63,12 +63,6 @@ class FastStream:
         return self.__dict__
 
 
-def compiled(function: Callable) -> Callable:
-    """torch.compile without graph breaks.  Of a copy of the function, because dynamo limits variants by code object."""
-    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(copy, fullgraph=True, dynamic=False)
-
-
 def _embed(linear: nn.Module, latent: Tensor, unshuffle: int) -> tuple[Tensor, Tensor]:
     u = unshuffle
     x = linear(rearrange(latent, "b c (y p) (x q) -> b (y x) (c p q)", p=u, q=u))
@@ -99,7 +93,7 @@ class Parts:
 
     @classmethod
     def compiled(cls) -> "Parts":
-        return cls(*(compiled(function) for function in (_embed, _block, _expand, _head)))
+        return cls(*(compiled(function, dynamic=False) for function in (_embed, _block, _expand, _head)))
 
 
 class Size:
@@ -167,6 +161,7 @@ class FastFlashDecoder(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents "b c n y x" to frames "b 3 t h w", or uint8 "b t h w 3"."""
+        check_latent(latent, self.channels)
         p, u = self.stride_hw, self.config.unshuffle
         if latent.shape[-2] % u or latent.shape[-1] % u:
             raise ValueError(
@@ -229,8 +224,7 @@ class FastFlashDecoder(nn.Module):
                 f"{state.height}x{state.width} pixels takes {expected} (b c y x)"
             )
         phase = Phase(min(state.steps, self.config.window - 1), state.steps == 0)
-        # Caches outlive this call: none may be a tensor of the caller's inference mode, which nothing may change later.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with at_rest(self.device):  # caches outlive this call
             size = self._size(state.batch_size, state.grid)
             latent = latent.to(self.device, self.dtype)
             if self.graphed:
@@ -313,15 +307,21 @@ class FastFlashDecoder(nn.Module):
         )
 
 
-def build(model: nn.Module, options, calibration: Sequence[Tensor] = ()) -> FastFlashDecoder:
+def build(model: nn.Module, options, calibration: Sequence[Tensor] | Any = ()) -> FastFlashDecoder:
     """The fast form of ``model`` under decoders.inference.InferenceOptions; ``calibration``: latents "b z f h w"."""
     if options.fast_convolutions:
         raise ValueError(
             "FlashDecoder has no convolutions: fast_convolutions=false (it has compile, bits8, attention, uint8)"
         )
     fast = FastFlashDecoder(model, compiles=False, graphs=False, kernel=options.attention, uint8=options.uint8)
-    if options.attention == "triton_fp8" and isinstance(calibration, Sequence) and len(calibration):
-        calibrate_attention(fast, calibration)
+    if options.attention == "triton_fp8":
+        if not isinstance(calibration, Sequence):
+            raise ValueError(
+                f"attention=triton_fp8 takes its scales from latents, and a saved {type(calibration).__name__} has those of "
+                "the linear layers alone: give latents as the calibration"
+            )
+        if len(calibration):
+            calibrate_attention(fast, calibration)
     if options.bits8 != "none":
         from decoders.flashdecoder import bits8
 
@@ -347,9 +347,13 @@ def calibrate_attention(fast: FastFlashDecoder, calibration: Sequence[Tensor]) -
     wanted, fast.kernel = fast.kernel, "auto"
     for block in fast.blocks:
         block.observe = observer(block)
-    for latent in calibration:
+    for number, latent in enumerate(calibration):
+        if not latent.isfinite().all():
+            raise ValueError(f"calibration latent {number} is not finite")
         fast.decode(latent)
-    for block in fast.blocks:
+    for number, block in enumerate(fast.blocks):
         block.observe = None
+        if not all(part.isfinite().all() for part in vars(block.attention_scales).values()):
+            raise ValueError(f"calibration: queries, keys or values of block {number} are not finite")
     fast.kernel = wanted
     fast.kernels.clear()

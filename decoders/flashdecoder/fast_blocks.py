@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from decoders.flashdecoder import attention, rope
 from decoders.flashdecoder.blocks import HEAD_DIM, Block, RMSNorm
 from decoders.flashdecoder.stack import Grid
+from decoders.layers.deployed import to_uint8
 
 WHOLE_MLP = 16_384  # more tokens than this go through the MLPs in pieces: 1080p's hidden layer alone would take 1.2 GB
 PIECE = 8_192  # tokens of a piece; products of this height still run at the full rate
@@ -128,7 +129,7 @@ class FastHead(nn.Module):
             x = self.down(F.silu(self.up(x)))
         x = self.pixels(x)
         if self.uint8:
-            x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            x = to_uint8(x)
         return x
 
     def forward(self, x: Tensor, branch: Tensor, grid: Grid) -> Tensor:

@@ -8,7 +8,7 @@ What the paper leaves open, and what we chose, is listed in README.md beside thi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -235,7 +235,7 @@ class FlashDecoderModel(nn.Module):
         weight = self.embed.weight
         return weight.new_zeros(state.batch_size, 3, 0, state.height, state.width)
 
-    def optimised(self, options: InferenceOptions, calibration: Sequence[Tensor] = ()) -> nn.Module:
+    def optimised(self, options: InferenceOptions, calibration: Sequence[Tensor] | Any = ()) -> nn.Module:
         """The same function for inference, fast (fast.py): see decoders/inference.py. ValueError if ``window`` is null."""
         from decoders.flashdecoder import fast  # which reads this module
 

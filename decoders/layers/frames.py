@@ -7,6 +7,7 @@ What was written is not written again as long as anybody else refers to it: a st
 
 import ctypes
 import sys
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from decoders.layers import native
 from decoders.layers.winograd import transformed_weight
 
+SOURCE = Path(__file__).with_name("convolve_bf16.cpp")
 Past = tuple[Tensor | None, Tensor | None]  # the two frames before; None: before the first, zeros
 LANES = 16  # float32 numbers of a register; input channels come in multiples of it
 WORK = 8 << 20  # bytes of transformed pixels at a time: they stay in a CPU's outer cache
@@ -96,7 +98,7 @@ class FrameConv(nn.Module):
         operands = (ctypes.byref(shape), pointers, pointer(self.weight), pointer(self.bias), beside, pointer(out))
         if not self.winograd:
             sums = torch.empty(threads * size[1] * self.block)
-            native.library().direct(*operands, pointer(sums), threads)
+            native.library(SOURCE).direct(*operands, pointer(sums), threads)
             return
         bytes_per_tile = 16 * (t + 2) * self.channels * 2
         part = max(24, PART // t // 24 * 24)
@@ -104,7 +106,7 @@ class FrameConv(nn.Module):
         values = torch.empty(tiles * bytes_per_tile // 2, dtype=torch.bfloat16)
         sums = torch.empty(threads * 16 * part * t * self.block)
         c = ctypes.c_int64
-        native.library().winograd(*operands, pointer(values), c(tiles), pointer(sums), c(part), threads)
+        native.library(SOURCE).winograd(*operands, pointer(values), c(tiles), pointer(sums), c(part), threads)
 
 
 class NormSilu(nn.Module):
@@ -133,7 +135,7 @@ class NormSilu(nn.Module):
         sizes = (long(b * t), long(h), long(w), long(frames[0].shape[2]), long(c))
         shift = None if self.shift is None else pointer(self.shift)
         norm = (pointer(self.gain), shift, ctypes.c_float(self.least), int(self.centred))
-        native.library().norm_silu(pointer(x), pointers, *norm, *sizes, torch.get_num_threads())
+        native.library(SOURCE).norm_silu(pointer(x), pointers, *norm, *sizes, torch.get_num_threads())
         return frames
 
 

@@ -35,7 +35,7 @@ def to_e4m3(x: Tensor, inverse: float | Tensor) -> Tensor:
     return (x.float() * inverse).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def to_uint8(x: Tensor, inverse: float | Tensor) -> UInt8[Tensor, "..."]:
+def to_offset_bytes(x: Tensor, inverse: float | Tensor) -> UInt8[Tensor, "..."]:
     """``x * inverse`` in float32 rounded to an integer, clamped to +-127, plus 128."""
     scaled = x.float() * inverse  # a new tensor, so what follows may change it: fewer passes through new memory
     return scaled.round_().clamp_(-INT8_MAX, INT8_MAX).add_(ZERO_POINT).to(torch.uint8)
@@ -172,7 +172,7 @@ class Int8Linear(Linear8):
         self.register_buffer("weight_scale", weight_scale if emulated else None, persistent=False)
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        rounded = to_uint8(x, self.inverse)
+        rounded = to_offset_bytes(x, self.inverse)
         if not self.emulated:
             return _int8_linear(rounded, self.scale, self.number, self.out_features, x.dtype)
         sums = F.linear(rounded.double() - ZERO_POINT, self.weight.double())

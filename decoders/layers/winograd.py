@@ -2,8 +2,12 @@
 
 A tile of 2 x 2 outputs sees 4 x 4 pixels. Those become 16 numbers per channel (``B^T d B``), the 9 taps 16 weights
 (``G g G^T``), and the convolution 16 products over channels and the three taps of time, which come back as 4 outputs
-(``A^T m A``). With weights and transformed pixels rounded to bf16 the output's rounding error grows to about 2.4 times that
-of a direct bf16 convolution rounded once; sums are float32. In float32 the error is that of rounding order.
+(``A^T m A``).
+
+Rounding, against a direct bf16 convolution with one rounding at its end (relative error 1.66e-3 rms, against float64): weights
+and transformed pixels are rounded to bf16, which gives 2.5 times its error with sums in float32 (convolve_bf16.cpp; 2.4 times
+behind a SiLU), and 3.0 times here, where the 16 products are rounded as well. Measured on one layer of random weights and
+inputs, 4 frames of 24 x 24; the same for 96 and for 384 channels. In float32: 3.8e-7, twice the direct one's.
 """
 
 import torch

@@ -18,7 +18,7 @@ from torch import Tensor
 from decoders.backbones.fast import FastStaged
 from decoders.backbones.staged import StagedDecoder
 from decoders.inference import InferenceOptions
-from decoders.layers.deployed import compiled, shared_copy, to_uint8
+from decoders.layers.deployed import check_latent, compiled, inference, shared_copy, to_uint8
 from decoders.refdecoder.fast_attention import FastAttention, FastWindowedAttention
 from decoders.refdecoder.injection import JointAttention
 from decoders.refdecoder.model import RefDecoderModel
@@ -68,7 +68,7 @@ class FastRefDecoder(RefDecoderModel):
 
     # ---- references
 
-    @torch.no_grad()
+    @inference
     def prepare(self, reference: Float[Tensor, "b 3 r h2 w2"], height: int, width: int) -> PreparedReference:
         """References of clips of ``height`` x ``width`` pixels, worked out as far as they do not depend on the video.
 
@@ -123,6 +123,7 @@ class FastRefDecoder(RefDecoderModel):
 
     # ---- frames
 
+    @inference
     def forward(
         self, latent: Float[Tensor, "b c n y x"], reference: Float[Tensor, "b 3 r h2 w2"] | None = None, **options: Any
     ) -> Float[Tensor, "b 3 t h w"]:
@@ -133,10 +134,9 @@ class FastRefDecoder(RefDecoderModel):
         """
         if options.pop("keep", None) is not None:
             raise ValueError("latents are dropped in training alone: the optimised form takes no mask (keep)")
-        with torch.no_grad():
-            return super().forward(latent, reference, **options)
+        return super().forward(latent, reference, **options)
 
-    @torch.no_grad()
+    @inference
     def decode(
         self,
         latent: Float[Tensor, "b c n y x"],
@@ -146,6 +146,7 @@ class FastRefDecoder(RefDecoderModel):
         size: tuple[int, int] | None = None,
     ) -> Float[Tensor, "b 3 t h w"] | UInt8[Tensor, "b t h w 3"]:
         """As :meth:`RefDecoderModel.decode`; uint8 frames where the options say so."""
+        check_latent(latent, self.channels)
         if self.can_stream(skip):
             rows, columns = (side * self.stride_hw for side in latent.shape[3:])
             state = self._start(len(latent), (rows, columns), reference, size, skip)
@@ -160,6 +161,7 @@ class FastRefDecoder(RefDecoderModel):
             video = self._joint(x, reference, in_pieces=self.layout.causal)
         return self._out(video.clamp(-1, 1))
 
+    @inference
     def start_stream(
         self,
         batch_size: int,
@@ -175,7 +177,7 @@ class FastRefDecoder(RefDecoderModel):
             return state
         return self._start(batch_size, (height, width), reference, (height, width), skip)
 
-    @torch.no_grad()
+    @inference
     def step_stream(
         self, latent_frame: Float[Tensor, "b c y x"], state: RefStream
     ) -> Float[Tensor, "b 3 k h w"] | UInt8[Tensor, "b k h w 3"]:

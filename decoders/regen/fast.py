@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from decoders.inference import InferenceOptions
 from decoders.layers.cuda_graphs import GraphedCall
-from decoders.layers.deployed import compiled, shared_copy, to_uint8
+from decoders.layers.deployed import check_latent, compiled, inference, shared_copy, to_uint8
 from decoders.regen.conditioning import fold_frames
 from decoders.regen.fast_dit import block, embed, last
 from decoders.regen.model import RegenDecoder, RegenStream
@@ -237,23 +237,24 @@ class FastRegenDecoder(RegenDecoder):
                 _place(video, window, frames[number :: len(group)][:, :, list(window.frames)])
         return video
 
-    @torch.no_grad()
+    @inference
     def decode(
         self, latent: Float[Tensor, "b c n y x"], **sampling: Any
     ) -> Float[Tensor, "b 3 t h w"] | UInt8[Tensor, "b t h w 3"]:
         """As :meth:`RegenDecoder.decode`; uint8 frames where the options say so."""
+        check_latent(latent, self.channels)
         return self._out(super().decode(latent, **sampling))
 
     # ---- streams
 
-    @torch.no_grad()
+    @inference
     def step_stream(
         self, latent_frame: Float[Tensor, "b c y x"], state: RegenStream
     ) -> Float[Tensor, "b 3 k h w"] | UInt8[Tensor, "b k h w 3"]:
         """As :meth:`RegenDecoder.step_stream`; uint8 frames where the options say so."""
         return self._out(super().step_stream(latent_frame, state))
 
-    @torch.no_grad()
+    @inference
     def end_stream(self, state: RegenStream) -> Float[Tensor, "b 3 k h w"] | UInt8[Tensor, "b k h w 3"]:
         """As :meth:`RegenDecoder.end_stream`; uint8 frames where the options say so."""
         return self._out(super().end_stream(state))

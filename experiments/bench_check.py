@@ -40,7 +40,8 @@ class Difference:
 
 
 def difference(frames: np.ndarray, truth: np.ndarray) -> Difference:
-    """Between arrays "b t h w 3" of one shape; uint8 is brought to [-1, 1], and what it is compared with clamped to it.
+    """Between arrays "b t h w 3" of one shape, both clamped to [-1, 1], to which uint8 is brought: some decoders clamp their
+    frames and some leave that to whoever shows them.
 
     Raises:
         ValueError: other shapes, or frames that are not finite.
@@ -48,11 +49,9 @@ def difference(frames: np.ndarray, truth: np.ndarray) -> Difference:
     if frames.shape != truth.shape:
         raise ValueError(f"frames of shape {frames.shape} in place of {truth.shape}")
     a, b = (each.astype(np.float32) / 127.5 - 1 if each.dtype == np.uint8 else each for each in (frames, truth))
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    if np.uint8 in (frames.dtype, truth.dtype):
-        a, b = a.clip(-1, 1), b.clip(-1, 1)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("some frames are not finite")
+    a, b = a.astype(np.float64).clip(-1, 1), b.astype(np.float64).clip(-1, 1)
     error = np.abs(a - b)
     return Difference(float(np.sqrt((error**2).mean())), float(error.max()), float(b.std()))
 

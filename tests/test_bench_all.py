@@ -273,7 +273,7 @@ def test_wrong_frames_are_refused_and_have_no_speed(tiny, monkeypatch: pytest.Mo
     status, result = tiny("ways=[optimised]", entries=ENTRIES[:2])
     assert status == 1
     row = result["rows"]["flash | optimised | 9x32x32 stream"]
-    assert row["status"] == "refused" and "differs from float32 by 0.01" in row["reason"]
+    assert row["status"] == "refused" and "differs from float32 by 0.0" in row["reason"]
     assert row["repetitions"] == [] and not any("optimised" in each["row"] for each in result["ratios"])
     streams = capsys.readouterr()
     assert "refused: flash | optimised" in streams.err and "refused" in streams.out

@@ -154,10 +154,11 @@ def test_difference_by_hand():
         difference(np.full_like(truth, np.nan), truth)
 
 
-def test_uint8_is_held_against_what_is_clamped():
+def test_frames_are_compared_clamped():  # LTX's own decoder leaves its frames unclamped, our backbone clamps them
     truth = np.array([-3.0, -1.0, 0.0, 1.0, 3.0, 0.5], np.float32).reshape(1, 1, 1, 2, 3)
     levels = ((truth.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
     assert difference(levels, truth).largest < 0.5 / 127.5 + 1e-6
+    assert difference(truth.clip(-1, 1), truth).largest == 0 < difference(0.9 * truth, truth).largest
 
 
 def test_rounding_passes_and_more_is_refused():

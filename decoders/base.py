@@ -281,6 +281,7 @@ class VideoDecoder(Validated):
     # ---- weights
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that training changes, with their names."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def inference_parameters(self) -> dict[str, nn.Parameter]:

@@ -4,8 +4,6 @@ The other half of :class:`decoders.base.VideoDecoder`, which has what is used he
 average, and the attributes that say what is scored.
 """
 
-from hashlib import sha256
-
 import torch
 from jaxtyping import Float
 from lightning import LightningModule
@@ -14,11 +12,7 @@ from torch import Tensor
 from datamodules.batch import VideoBatch, batch_size
 from decoders import sharding
 from decoders.scoring import DECODE, DECODER, Clips, Row, Scorer, named_groups, selected
-
-
-def key_seed(key: str, seed: int) -> int:
-    """A seed for one clip that depends on nothing but its key and the run's seed."""
-    return int.from_bytes(sha256(f"{seed}:{key}".encode()).digest()[:7], "big")
+from decoders.seeds import key_seed
 
 
 class Validated(LightningModule):

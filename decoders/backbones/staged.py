@@ -59,12 +59,19 @@ class StagedDecoder(nn.Module):
         self.stages = nn.ModuleDict(stages)
         self.channels, self.stride_t, self.stride_hw = channels, stride_t, stride_hw
         self.can_stream = can_stream
+        self.given_statistics: dict[str, list[float]] = {}
         for name, values, default in (("mean", mean, 0.0), ("std", std, 1.0)):
-            values = [default] * channels if values is None else list(values)
+            self.given_statistics[name] = values = [default] * channels if values is None else list(values)
             if len(values) != channels:
                 raise ValueError(f"latent {name} has {len(values)} numbers for {channels} channels")
             tensor = torch.tensor(values, dtype=torch.float32).view(1, channels, 1, 1, 1)
             self.register_buffer(f"latent_{name}", tensor, persistent=False)
+
+    def reset_statistics(self) -> None:
+        """The latents' mean and std that this decoder was built with, on the CPU: of one that was built on the meta device."""
+        for name, values in self.given_statistics.items():
+            tensor = torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, 1, 1, 1)
+            setattr(self, f"latent_{name}", tensor)
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute every block in the backward pass, or none."""

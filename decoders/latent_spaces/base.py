@@ -37,6 +37,15 @@ class LatentSpace(ABC):
     gaussian: bool = True
 
     @property
+    def statistics(self) -> tuple[list[float], list[float]] | None:
+        """Mean and std per channel of what the encoder gives before it is normalised: attributes ``mean`` and ``std`` of a space
+        that has both. None: it has none, or they are no two numbers per channel."""
+        mean, std = getattr(self, "mean", None), getattr(self, "std", None)
+        if mean is None or std is None:
+            return None
+        return tuple(torch.as_tensor(values, dtype=torch.float32).flatten().tolist() for values in (mean, std))
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """Short hash of everything that decides the latents' values. Latents on disk carry it."""

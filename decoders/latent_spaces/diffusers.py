@@ -22,6 +22,7 @@ The others are computed as diffusers does it: whole, but HunyuanVideo in overlap
 eight frames at a time.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,19 @@ class DiffusersVAE(LatentSpace):
         """Hash of the encoder's weights, the strides and the statistics, as stored (not of the compute dtype)."""
         self._load()
         return self._fingerprint
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]] | None:
+        """As in the base; None where every latent frame has its own (Cosmos). Of Wan without reading weights."""
+        if self._vae is None and self.layout is not None and self.layout.kind == "wan":
+            config = json.loads((self.folder / "config.json").read_text())
+            given = [config.get("latents_mean"), config.get("latents_std")]
+            if None not in given:
+                return tuple(torch.tensor(values, dtype=torch.float32).tolist() for values in given)
+        self._load()
+        if self._mean.shape[2] > 1:
+            return None
+        return self._mean.flatten().tolist(), self._std.flatten().tolist()
 
     @property
     def folder(self) -> Path:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from decoders.latent_spaces.base import LatentSpace, hash_parts
 
+# Of a posterior; that of losses/kl.py, which inference does not import.
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
 
 @dataclass
 class LearnedConfig:

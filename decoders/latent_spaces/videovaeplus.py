@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from decoders.backbones import videovaeplus_weights
 from decoders.backbones.videovaeplus import VideoVAEPlusDecoder, VideoVAEPlusEncoder
 from decoders.latent_spaces.base import LatentSpace, hash_parts
-from decoders.latent_spaces.learned import draw
-from losses.kl import LOG_VARIANCE_RANGE
+from decoders.latent_spaces.learned import LOG_VARIANCE_RANGE, draw
 
 STRIDE_T, STRIDE_HW = 4, 8  # of all releases
 
@@ -75,7 +74,7 @@ class VideoVAEPlus(LatentSpace):
         encoder = self._load_encoder().to(video.device)
         chunk = self.config.chunk_frames or video.shape[2]
         clips = [clip.split(chunk, 2) for clip in video.split(1)]
-        return torch.cat([torch.cat([_encode(encoder, c, sample, generator) for c in clip], 2) for clip in clips])
+        return torch.cat([torch.cat([encode_clip(encoder, c, sample, generator) for c in clip], 2) for clip in clips])
 
     @torch.no_grad()
     def decode(self, latent: Float[Tensor, "b c n y x"]) -> Float[Tensor, "b 3 t h w"]:
@@ -108,7 +107,10 @@ class VideoVAEPlus(LatentSpace):
         return half.requires_grad_(False).eval().to(getattr(torch, self.config.dtype))
 
 
-def _encode(encoder: VideoVAEPlusEncoder, video: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:
+def encode_clip(
+    encoder: VideoVAEPlusEncoder, video: Tensor, sample: bool, generator: torch.Generator | None
+) -> Float[Tensor, "b c n y x"]:
+    """Latents of a whole clip "b 3 t h w": the posteriors' means, or of each a draw."""
     mean, log_variance = encoder.encode_frames(video)
     frames = draw(mean, log_variance.clamp(*LOG_VARIANCE_RANGE), generator) if sample else mean
     mean, log_variance = encoder.encode_time(frames)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from decoders.backbones import wan_weights
 from decoders.backbones.wan import WanConfig, WanDecoder, WanEncoder
 from decoders.latent_spaces.base import LatentSpace, hash_parts
-from decoders.latent_spaces.learned import draw
-from losses.kl import LOG_VARIANCE_RANGE
+from decoders.latent_spaces.learned import LOG_VARIANCE_RANGE, draw
 
 FOLDER = Path(__file__).parent / "wan_mini_weights"
 CONFIG, ENCODER, DECODER = "config.json", "encoder.safetensors", "decoder.safetensors"
@@ -58,6 +57,11 @@ class WanMini(LatentSpace):
     def fingerprint(self) -> str:
         """Hash of the encoder's weights, the strides and the statistics."""
         return _fingerprint()
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """As in the base."""
+        return torch.tensor(self.layout.mean).tolist(), torch.tensor(self.layout.std).tolist()
 
     def require(self) -> None:
         missing = [name for name in (CONFIG, ENCODER, DECODER) if not (FOLDER / name).is_file()]

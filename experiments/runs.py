@@ -78,8 +78,9 @@ def _is_choice(key: str) -> bool:
 
 
 def runs_root() -> Path:
-    """Where all runs are: ``RUNS_ROOT``, or ``runs/`` in the repository."""
-    return Path(os.environ.get("RUNS_ROOT") or Path(__file__).parent.parent / "runs")
+    """Where all runs are: ``RUNS_ROOT``, or ``runs/`` in the repository; for an installed package, in the working folder."""
+    root = Path(__file__).parent.parent
+    return Path(os.environ.get("RUNS_ROOT") or (root if (root / "pyproject.toml").is_file() else Path()) / "runs")
 
 
 def run_name(name: str, overrides: Sequence[str] = (), *, counts: tuple[str, ...] = ()) -> str:

@@ -67,11 +67,29 @@ class LatentHeader:
     prompt: str = ""
     seed: int | None = None
     fps: float | None = None
+    num_frames: int = 0  # of the video; the latent may stand for more, where its last frame was repeated to fill it
 
 
 def inspect_latent(path: str) -> LatentHeader:
     """Shape and metadata; the values are not read. Raises BadFile, also for latents that cannot be normalised."""
     return _read(path, load=False)[0]
+
+
+def read_header(
+    path: str, assume: str | None = None, statistics: tuple[Sequence[float], Sequence[float]] | None = None
+) -> tuple[LatentHeader, dict, str]:
+    """Header, all metadata, and what the file says of being normalised: "true", "false", or "" for nothing.
+
+    ``assume``: normalised or raw, whatever the file says. ``statistics``: mean and std of raw latents that state none
+    themselves. A file that says nothing counts as normalised. The values are not read. Raises BadFile.
+    """
+    shape, entries, _ = _contents(path, load=False)
+    said = str(entries.get("normalised", "")).lower()
+    raw = said == "false" if assume is None else assume == "raw"
+    entries = entries | {"normalised": str(not raw).lower()}
+    if raw and statistics is not None and (entries.get("mean") is None or entries.get("std") is None):
+        entries = entries | {"mean": list(statistics[0]), "std": list(statistics[1])}
+    return _header(shape, entries), entries, said
 
 
 def load_latent(path: str) -> tuple[Float[Tensor, "c n y x"], LatentHeader]:
@@ -142,18 +160,27 @@ def save_latent(
 
 
 def _read(path: str, load: bool) -> tuple[LatentHeader, Tensor | None]:
+    shape, entries, latent = _contents(path, load)
+    if entries.get("piece"):
+        raise BadFile(
+            f"holds pieces of {entries['piece']} latent frames, each coded by itself: the command that wrote it decodes them "
+            "(python -m experiments.cli decode); encode the video as shorter clips"
+        )
+    return _header(shape, entries), latent
+
+
+def _contents(path: str, load: bool) -> tuple[list[int], dict, Tensor | None]:
+    """Shape, metadata, and the values if they are asked for. Raises BadFile."""
     check_readable(path)
     try:
         if path.lower().endswith(".pt"):
-            shape, entries, latent = _read_torch(path)
-        else:
-            shape, entries, latent = _read_safetensors(path, load)
+            return _read_torch(path)
+        return _read_safetensors(path, load)
     except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         if getattr(error, "errno", None) in OUR_FAULT or "allocate" in str(error):  # our memory, not the file
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadFile(f"not a readable latent: {reason}".replace(path, "file")) from None
-    return _header(shape, entries), latent
 
 
 def _read_safetensors(path: str, load: bool) -> tuple[list[int], dict, Tensor | None]:
@@ -201,6 +228,7 @@ def _header(shape: list[int], entries: dict) -> LatentHeader:
         prompt=str(entries.get("prompt", "")),
         seed=_number(entries, "seed", int),
         fps=_number(entries, "fps", float),
+        num_frames=_number(entries, "frames", int) or 0,
     )
 
 

@@ -19,19 +19,16 @@ that lies beside the latent. A file that cannot be decoded is told with the reas
 import csv
 import inspect
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
 from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import av
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 
 from datamodules.config import SourceConfig
 from datamodules.latents import LatentHeader, find_reference, load_latent
@@ -46,6 +43,7 @@ from experiments.compose import ConfigError, parse_overrides, run_cli
 from experiments.config import load, require_paths
 from experiments.runs import run_name
 from experiments.train import build, choose_precision, quiet
+from experiments.video_out import write_video
 
 REPORT = "decode.csv"
 
@@ -157,24 +155,28 @@ def load_decoder(name: str, overrides: Sequence[str], weights: str | None, devic
 
 
 def check_fit(decoder: VideoDecoder, header: LatentHeader) -> tuple[int, int, int]:
-    """(t, h, w) of the video that a latent becomes. Raises Unfit."""
+    """(t, h, w) of the video that a latent becomes, less what was padded to encode it. Raises Unfit."""
     space = decoder.latent_space
     if header.channels != space.channels:
         raise Unfit(f"has {header.channels} channels, and latents of this run's space, {space.name}, {space.channels}")
     if header.space and header.space not in (space.fingerprint, space.name):
         raise Unfit(f"was saved in the space {header.space}; this run's is {space.name} ({space.fingerprint})")
-    height, width = header.rows * space.stride_hw, header.columns * space.stride_hw
-    if (header.height or height, header.width or width) != (height, width):
+    full = header.rows * space.stride_hw, header.columns * space.stride_hw
+    height, width = header.height or full[0], header.width or full[1]
+    if any(not 0 <= whole - said < space.stride_hw for said, whole in zip((height, width), full, strict=True)):
         raise Unfit(
             f"says it is {header.height}x{header.width} pixels, but {header.rows}x{header.columns} latent pixels of this "
-            f"run's space, {space.name}, are {height}x{width}"
+            f"run's space, {space.name}, are {full[0]}x{full[1]}"
         )
     multiple = decoder.size_multiple
-    if height % multiple or width % multiple:
-        raise Unfit(f"is {height}x{width} pixels, and this decoder takes multiples of {multiple}")
+    if full[0] % multiple or full[1] % multiple:
+        raise Unfit(f"is {full[0]}x{full[1]} pixels, and this decoder takes multiples of {multiple}")
     if height % 2 or width % 2:
         raise Unfit(f"is {height}x{width} pixels, and H.264 in yuv420p needs even sides")
-    return space.pixel_frames(header.frames), height, width
+    frames = space.pixel_frames(header.frames)
+    if header.num_frames > frames:
+        raise Unfit(f"says it has {header.num_frames} frames, but {header.frames} latent frames are {frames}")
+    return header.num_frames or frames, height, width
 
 
 @torch.no_grad()
@@ -214,20 +216,6 @@ def _seed(job: Job, header: LatentHeader, run_seed: int) -> int:
     if seed is not None and not 0 <= seed < 2**64:
         raise Unfit(f"its seed {seed} is outside of 0 to 2^64 - 1")
     return key_seed(job.name, run_seed) if seed is None else seed
-
-
-def write_video(path: Path, parts: Iterable[Tensor], fps: float, crf: int) -> None:
-    """Pieces of a video, each bytes "t h w 3", as mp4: H.264, yuv420p, constant quality ``crf``."""
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        rate = Fraction(fps).limit_denominator(1001)  # 29.97 is 2997/100
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
-        stream.pix_fmt = "yuv420p"
-        for number, frames in enumerate(parts):
-            if number == 0:
-                stream.height, stream.width = frames.shape[1:3]
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
-        container.mux(stream.encode())
 
 
 def decode(name: str, config: DecodeConfig, overrides: Sequence[str] = ()) -> list[Outcome]:

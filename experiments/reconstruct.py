@@ -16,20 +16,17 @@ video's length: it is that of one chunk. A decoder that draws noise gets a gener
 name. A file that cannot be decoded is told with the reason, and the next one is taken.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from datamodules.probe import inspect_video
 from datamodules.replay import read_film
 from datamodules.stills import load_reference, tell_fit
-from datamodules.transforms import to_video
 from decoders.base import VideoDecoder, key_seed
 from decoders.chunks import default_chunk, reconstruct
 from experiments.callbacks import to_uint8
@@ -44,9 +41,10 @@ from experiments.decode import (
     open_decoder,
     run_jobs,
     split_options,
-    write_video,
 )
 from experiments.train import quiet
+from experiments.video_in import frames_at, pieces
+from experiments.video_out import write_video
 from metrics.image import Psnr
 
 REPORT = "reconstruct.csv"
@@ -139,13 +137,6 @@ def reconstruct_file(decoder: VideoDecoder, job: Job, config: ReconstructConfig,
     return Outcome(job.path, str(job.video), "decoded", detail, seed, shown if reference is not None else "")
 
 
-def pieces(frames: Iterable[np.ndarray], chunk: int) -> Iterator[Tensor]:
-    """A film's frames, uint8 [h, w, 3], as clips "1 3 t h w" in [-1, 1] of ``chunk`` frames, the last perhaps shorter."""
-    frames = iter(frames)
-    while some := list(islice(frames, chunk)):
-        yield to_video(np.stack(some))[None]
-
-
 def _reference(path: str, num_frames: int, size: tuple[int, int], config: ReconstructConfig) -> tuple[Tensor, str]:
     """References "1 3 r h w", and what they are. Raises BadFile, Unfit."""
     numbers = config.frames
@@ -156,17 +147,11 @@ def _reference(path: str, num_frames: int, size: tuple[int, int], config: Recons
         raise Unfit(
             f"has {num_frames} frames, 0 to {num_frames - 1}, and reference={config.reference} is outside of them"
         )
-    found = {}
-    for number, frame in enumerate(read_film(path)):
-        if number in numbers:
-            found[number] = frame
-        if number >= max(numbers):
-            break
-    if lost := [number for number in numbers if number not in found]:
+    video = frames_at(read_film(path), numbers)
+    if isinstance(video, int):
         raise Unfit(
-            f"says it has {num_frames} frames, but frame {lost[0]}, which is to be the reference, cannot be decoded"
+            f"says it has {num_frames} frames, but frame {video}, which is to be the reference, cannot be decoded"
         )
-    video = to_video(np.stack([found[number] for number in numbers]))[None]
     return video, f"reference frame {', '.join(map(str, numbers))}"
 
 

@@ -4,12 +4,12 @@
 
 SHELL := bash
 .DEFAULT_GOAL := start
-.PHONY: start train replay list show doctor pack check-shards cache-latents evaluate sets compare report vote index decode reconstruct bench bench-all bench-gate bench-train quantise profile tb test test-slow test-gpu lint flash-attn setup help
+.PHONY: start train replay list show doctor pack check-shards cache-latents evaluate sets compare report vote index decode reconstruct export generate fixed-seed vbench bench-pipeline docs bench bench-all bench-gate bench-train quantise profile tb test test-slow test-gpu lint flash-attn setup help
 PORT ?= 6006
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 RUNS_ROOT ?= runs
 # Capitals are environment variables, which make hands on by itself.
-RESERVED := exp exps python args PYTHON PORT JOBS RUNS_ROOT DATA_ROOT WEIGHTS_ROOT ASSETS_ROOT CUDA_VISIBLE_DEVICES OMP_NUM_THREADS
+RESERVED := exp exps do python args PYTHON PORT JOBS RUNS_ROOT DATA_ROOT WEIGHTS_ROOT ASSETS_ROOT CUDA_VISIBLE_DEVICES OMP_NUM_THREADS
 
 # Variables typed after `make` other than our own are dotted overrides. They are read by name and quoted one by one, so
 # that lists, braces, blanks, quotes and $ reach Python as typed.
@@ -91,6 +91,22 @@ reconstruct: $(venv) ## Videos encoded and decoded, chunk by chunk: make reconst
 	$(need_exp)
 	@$(python) -m experiments.reconstruct $(call quote,$(exp)) $(overrides)
 
+export: $(venv) ## A run as a folder for decoders.load: make export exp=NAME [out=FOLDER weights=best dtype=bfloat16 licence=apache-2.0 hub=user/name]
+	@$(python) -m experiments.export $(if $(exp),$(call quote,$(exp))) $(overrides)
+
+generate: $(venv) ## Latents of a diffusers pipeline, with their seeds: make generate pipeline=FOLDER prompts=FILE out=FOLDER [samples=5 num_frames=17]
+	@$(python) -m experiments.generate $(overrides)
+
+fixed-seed: $(venv) ## The same latents, several decoders: make fixed-seed in=latents/latents.csv decoders=[own,exports/mine] pipeline=FOLDER out=FOLDER
+	@$(python) -m experiments.fixed_seed $(overrides)
+
+vbench: $(venv) ## Decoded pairs through VBench's scorers: make vbench do=layout|score|table in=FOLDER [suite=i2v scorer=CLONE scorer_python=FILE]
+	$(if $(do),,$(error do what? make vbench do=layout|score|table in=FOLDER ...))
+	@$(python) -m experiments.vbench $(call quote,$(do)) $(overrides)
+
+bench-pipeline: $(venv) ## Shares of text, denoising and decoding, decoders swapped: make bench-pipeline pipeline=FOLDER decoders=[own,exports/mine]
+	@$(python) -m experiments.bench_pipeline $(overrides)
+
 bench: $(venv) ## Speed and memory of decoding, beside its peers: make bench exp=NAME
 	$(need_exp)
 	@$(python) -m experiments.bench $(call quote,$(exp)) $(overrides)
@@ -112,6 +128,9 @@ quantise: $(venv) ## What eight bits cost in dB, on a run's weights: make quanti
 profile: $(venv) ## Where a decoder's time goes, by stage and operator, beside its teacher's: make profile exp=NAME
 	$(need_exp)
 	@$(python) -m experiments.profile $(call quote,$(exp)) $(overrides)
+
+docs: $(venv) ## The reference from the docstrings, docs/api.md and HTML: make docs [out=FOLDER write=false]
+	@$(python) -m experiments.api_docs $(overrides)
 
 tb: $(venv) ## TensorBoard on all runs: make tb [PORT=6006]
 	@$(python) -m tensorboard.main --logdir $(call quote,$(RUNS_ROOT)) --port $(PORT)

@@ -386,7 +386,7 @@ def test_random_decoders_have_the_released_layout(release: str, millions: float)
     with torch.device("meta"):
         decoder = DiffusersDecoder.random(release)
     assert round(sum(p.numel() for p in decoder.vae.decoder.parameters()) / 1e6, 1) == millions
-    with pytest.raises(ValueError, match="wan21 and wan22"):
+    with pytest.raises(ValueError, match="wan21, wan22, ltx"):
         DiffusersDecoder.random("wan23")
 
 

@@ -26,7 +26,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
-from lightning import Callback, Trainer, seed_everything
+from lightning import Callback, LightningDataModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, IterableDataset
 
 from decoders.base import VideoDecoder
@@ -131,7 +131,7 @@ def bench_train(name: str, overrides: list[str], config: BenchTrainConfig) -> di
     noise = Noise(shapes, turns, encode)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")
-        trainer.fit(decoder, DataLoader(noise, batch_size=None))
+        trainer.fit(decoder, datamodule=NoiseData(experiment.data, noise))
     ceilings.append(cost.find_peak("measured", device, precision).flops_per_s)
     flops = cost.training_flops(experiment, decoder.latent_space)
     rows = {
@@ -214,6 +214,17 @@ class Noise(IterableDataset):
             if not turn.has("latents"):
                 del batch["latent"]
             yield self.encode.prepared(batch, number) if turn.has("ahead") else batch
+
+
+class NoiseData(LightningDataModule):
+    """Noise in the place of the experiment's data, whose ``config`` a decoder may look at when it begins."""
+
+    def __init__(self, config: Any, noise: Noise) -> None:
+        super().__init__()
+        self.config, self._noise = config, noise
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self._noise, batch_size=None)
 
 
 class Stepper(Callback):

@@ -3,6 +3,7 @@
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported; subprocesses that tests start inherit these.
@@ -46,6 +47,14 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """torch.compile cannot look into the checks of shapes, which only tests make."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

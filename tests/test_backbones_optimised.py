@@ -3,7 +3,6 @@
 import copy
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
@@ -299,14 +298,6 @@ def test_steps_by_graph(name, monkeypatch):
     torch.testing.assert_close(parts[0][5], again, atol=1e-5, rtol=0)
     expected = decoder.decode(torch.cat([b[:, :, :5], b[:, :, 6:]], 2))
     torch.testing.assert_close(torch.cat(parts[1], 2), expected, atol=1e-5, rtol=0)
-
-
-@pytest.fixture
-def unchecked():
-    """torch.compile cannot look into the checks of shapes, which only tests make."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.slow

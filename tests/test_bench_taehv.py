@@ -92,6 +92,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_compiled_equals_plain():
     model = decoder()
     latent = torch.randn(1, 16, 3, 4, 4)

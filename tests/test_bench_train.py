@@ -140,7 +140,8 @@ def test_a_run_in_small(tmp_path: Path, capsys) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flash_vaed_debug", "refdecoder_debug", "regen_debug", "baseline_debug"])
 def test_every_family(name: str) -> None:
-    result = bench_train.bench_train(name, [], BenchTrainConfig(variants=["base"], steps=1, rounds=1, warm_up=1))
+    without = ["objective.start=null"] if name.startswith("flash_vaed") else []  # a measurement prunes no teacher
+    result = bench_train.bench_train(name, without, BenchTrainConfig(variants=["base"], steps=1, rounds=1, warm_up=1))
     assert result["streams"]
     for row in result["streams"].values():
         used = row["variants"]["base"]["shares"]

@@ -265,7 +265,7 @@ def test_compile_is_true_false_or_blocks(value: str) -> None:
 
 
 @pytest.fixture
-def tracing():
+def tracing(unchecked):
     """torch's limits and kernels as they were; the counters empty."""
     names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
     kept = {name: getattr(torch._dynamo.config, name) for name in names}

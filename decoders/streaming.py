@@ -23,6 +23,9 @@ from torch import Tensor
 T = TypeVar("T")
 Pixels = Float[Tensor, "b 3 k h w"] | UInt8[Tensor, "b k h w 3"]
 LOOK_S = 0.1  # a thread that waits at a full or an empty queue looks so often whether the other side has gone
+PART_S = (
+    1.0  # so long the taking side waits for a making thread to end; one that is in the middle of an item ends after it
+)
 
 
 @runtime_checkable
@@ -69,6 +72,7 @@ class Stream:
         self.num_frames = 0  # that came out
         self._state: Any = None
 
+    @torch.no_grad()  # a bare network would keep every frame's graph in the state
     def push(self, latent: Float[Tensor, "b c y x"] | Float[Tensor, "b c n y x"]) -> Pixels:
         """The frames that are ready after the next latent frame, or frames, normalised: perhaps none. About [-1, 1], or bytes
         "b k h w 3" where the model gives those.
@@ -79,9 +83,12 @@ class Stream:
         if self._state is None:
             self._state = self._start()
         frames = latent.unbind(2) if latent.ndim == 5 else [latent]
+        if not frames:
+            raise ValueError(f"latents of shape {tuple(latent.shape)} have no latent frame")
         ready = [self.model.step_stream(frame, self._state) for frame in frames]
         return self._cropped(torch.cat(ready, _time(ready[0])))
 
+    @torch.no_grad()
     def finish(self) -> Pixels:
         """What was still pending, perhaps nothing. The next ``push`` begins another video.
 
@@ -164,9 +171,10 @@ def stream(
 def ahead(items: Iterable[T], room: int = 4) -> Iterator[T]:
     """``items``, made by a thread of its own, at most ``room`` of them ahead of who takes them.
 
-    What the thread raises is raised here, in its place. Closing the iterator, or leaving its loop, ends the thread.
+    What the thread raises is raised here, in its place. Closing the iterator, or leaving its loop, ends the thread: at once, or,
+    where an item is being made, after that item, which is not waited for longer than a second. ValueError: no room.
     """
-    waiting: queue.Queue = queue.Queue(room)
+    waiting = _queue(room)
     gone, end = threading.Event(), object()
 
     def put(item: Any) -> bool:
@@ -199,7 +207,13 @@ def ahead(items: Iterable[T], room: int = 4) -> Iterator[T]:
             yield item
     finally:
         gone.set()
-        thread.join()
+        thread.join(PART_S)
+
+
+def _queue(room: int) -> queue.Queue:
+    if room < 1:  # a queue of 0 would have no bound at all
+        raise ValueError(f"room={room}: at least one item must be able to wait")
+    return queue.Queue(room)
 
 
 class Behind(Generic[T]):
@@ -210,21 +224,21 @@ class Behind(Generic[T]):
     """
 
     def __init__(self, take: Callable[[T], object], room: int = 4) -> None:
-        self._take, self._waiting = take, queue.Queue(room)
+        self._take, self._waiting = take, _queue(room)
         self._error: BaseException | None = None
         self._gone, self._last = threading.Event(), object()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def put(self, item: T) -> None:
-        """Hand over ``item``; waits while ``room`` of them wait already."""
-        while self._error is None:
+        """Hand over ``item``; waits while ``room`` of them wait already. ValueError: the context was left."""
+        while self._thread.is_alive():
             try:
                 self._waiting.put(item, timeout=LOOK_S)
                 return
             except queue.Full:
                 continue
-        raise self._error
+        raise self._error or ValueError("nothing can be put any more: its context was left")
 
     def __enter__(self) -> "Behind[T]":
         return self

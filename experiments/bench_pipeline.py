@@ -1,27 +1,32 @@
 """Where a text-to-video pipeline's time goes, with decoders swapped: ``python -m experiments.bench_pipeline pipeline=FOLDER``.
 
     make bench-pipeline pipeline=Wan2.1-T2V-1.3B-Diffusers decoders=[own,exports/flashdecoder_xl] height=480 width=832
+    make bench-pipeline pipeline=FOLDER decoders=[own,exports/a,exports/a+optimised+compiled] decoder_dtype=bf16
     make bench-pipeline pipeline=FOLDER decoders=[own,a=exports/a] image=first.png num_frames=17 steps=50 rounds=5
 
 The papers' end-to-end figures: one prompt, the same seed, the whole pipeline from text to frames for every decoder in turn, ``rounds``
 times, in every other round in reverse order. A call is divided into
 
-    text       the pipeline's encode_prompt
+    text       the pipeline's encode_prompt: the prompt and, with guidance, the negative one
     image      its image encoder, and encoding the image into latents
     denoise    from the first call of a transformer to the end of the scheduler's last step
     decode     the autoencoder's decode, whichever stands there
     other      what is left: preparing noise, and frames from the decoder's range to [0, 1]
 
 Medians over rounds with the smallest and the largest; shares of the median total. Work on a GPU is waited for at each boundary and at
-the end of each step. The first, untimed call of each decoder takes two steps.
+the end of each step. The first, untimed call of each decoder takes two steps; it is at the clip's size, so that what is compiled,
+captured or tuned for that size is ready.
 
     pipeline      a folder that save_pretrained wrote, over the autoencoder of Wan or LTX
-    decoders      own, what decoders.load takes, runs by name; LABEL=SOURCE gives a label; differences are to the first
+    decoders      own, what decoders.load takes, runs by name; LABEL=SOURCE gives a label; SOURCE+optimised its optimised form
+                  (decoders/inference.py), with +compiled, +nographs, +mlp8, +linear8, +uint8, +fast as in make bench-all; speeds
+                  are against the first
     prompt, image, height, width, num_frames, steps, guidance    of the call; default: the pipeline's own
     dtype         bf16 or fp32, of transformer and text encoder; decoder_dtype: of the autoencoder and the decoders (default fp32)
     rounds, seed, device, threads (of a CPU), out (a folder: JSON and Markdown)
 
-peak_gib in the JSON file is the GPU memory of the whole pipeline with that decoder in it, beside the autoencoder's own.
+peak_gib in the JSON file is the GPU memory of the whole pipeline with that decoder in it, beside the autoencoder's own. Optimised forms
+stay on the GPU while others are measured; what they hold there is not counted for those.
 """
 
 import os
@@ -39,12 +44,13 @@ from typing import Any, Literal
 import torch
 
 from datamodules.probe import BadFile
-from decoders.exported import ExportError
+from decoders.exported import Exported, ExportError
 from experiments import measured, pipeline_folder
 from experiments.bench import device_name, find_device
 from experiments.bench_all import read_options
+from experiments.bench_rows import PLAIN, options_of
 from experiments.compose import ConfigError, run_cli
-from experiments.decoder_choice import OWN, Named, load_export, parse
+from experiments.decoder_choice import OWN, Named, load_export, optimised, parse
 from experiments.measured import markdown, require_folder
 from experiments.pipeline_folder import DTYPES, PipelineFolder
 
@@ -185,12 +191,19 @@ def bench_pipeline(config: BenchPipelineConfig, arguments: Sequence[str] = ()) -
     given = _arguments(folder, config)
     t, height, width = pipeline_folder.clip_size(folder, given)
     pipe = pipeline_folder.load_pipeline(folder, config.dtype, device, vae_dtype=config.decoder_dtype)
-    models = {n.label: None if n.source == OWN else load_export(n, DTYPES[config.decoder_dtype], "cpu") for n in named}
+    short = given | {"num_inference_steps": WARM_UP_STEPS}
+    models, held = {}, {}  # held: bytes of the GPU between its turns
     rows: dict[str, list[dict[str, float]]] = {name.label: [] for name in named}
     peaks: dict[str, float] = {}
+    for name in named:  # all are loaded before the first call, which may take minutes
+        models[name.label] = None if name.source == OWN else load_export(name, DTYPES[config.decoder_dtype], "cpu")
     for name in named:
         _say(f"warming up {name.label}")
-        _run(pipe, models[name.label], name, given | {"num_inference_steps": WARM_UP_STEPS}, config.seed, device)
+        before = _allocated(device)
+        if name.way != PLAIN:
+            models[name.label] = _optimised(name, models[name.label].to(device), pipe, folder, short, config.seed)
+        _run(pipe, models[name.label], name, short, config.seed, device)
+        held[name.label] = _allocated(device) - before if name.way != PLAIN else 0
     for number in range(config.rounds):
         for name in named[:: -1 if number % 2 else 1]:
             row, shape = _run(pipe, models[name.label], name, given, config.seed, device)
@@ -198,7 +211,10 @@ def bench_pipeline(config: BenchPipelineConfig, arguments: Sequence[str] = ()) -
                 raise ConfigError(f"{name.label} made {shape} (frames, height, width), not {(t, height, width)}")
             rows[name.label].append(row)
             if device == "cuda":
-                peaks[name.label] = max(peaks.get(name.label, 0.0), torch.cuda.max_memory_allocated() / 2**30)
+                others = sum(held.values()) - held[name.label]
+                peaks[name.label] = max(
+                    peaks.get(name.label, 0.0), (torch.cuda.max_memory_allocated() - others) / 2**30
+                )
             _say(f"round {number + 1}, {name.label}: {row['total']:.3g} s, of which decoding {row['decode']:.3g} s")
     return {
         "command": " ".join(["python -m experiments.bench_pipeline", *arguments]),
@@ -214,7 +230,7 @@ def bench_pipeline(config: BenchPipelineConfig, arguments: Sequence[str] = ()) -
         "clip": {"num_frames": t, "height": height, "width": width, "steps": _steps(folder, given)},
         "decoders": {
             name.label: _summary(rows[name.label], rows[named[0].label])
-            | {"source": name.source, "peak_gib": peaks.get(name.label), "rounds": rows[name.label]}
+            | {"source": name.source, "way": name.way, "peak_gib": peaks.get(name.label), "rounds": rows[name.label]}
             for name in named
         },
     }
@@ -281,9 +297,29 @@ def _run(
             measured_s = clock.read(clock.now() - begun)
     except (ExportError, ValueError) as error:
         raise ConfigError(f"{name.label}: {str(error).splitlines()[0]}") from None
-    if model is not None:
-        model.to("cpu")  # the memory of the next one is its own
+    if model is not None and name.way == PLAIN:
+        model.to("cpu")  # the memory of the next one is its own; an optimised form stays where it was made
     return measured_s, (frames.shape[1], frames.shape[3], frames.shape[4])  # "b t 3 h w"
+
+
+def _optimised(
+    name: Named, model: Exported, pipe: Any, folder: PipelineFolder, given: dict[str, Any], seed: int
+) -> Exported:
+    """Its optimised form, calibrated where it has eight bits on latents that the pipeline itself makes: speed is measured here."""
+    options = options_of(name.way)
+    latents = []
+    if options is not None and options.bits8 != "none":
+        latent = pipeline_folder.call_latents(pipe, folder, given, seed)
+        latents = [latent[None].to(model.device, torch.float32)]
+    return optimised(name, model, latents)
+
+
+def _allocated(device: str) -> int:
+    """Bytes of a GPU that are in use."""
+    if device != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
 
 
 def _summary(rows: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 ``own`` is the decoder of the pipeline's autoencoder. Everything else is what ``decoders.load`` takes (an exported folder, a hub
 id, a run's folder, ``wan_mini``), or the name of a run of ours. ``LABEL=SOURCE`` gives a label, else it is the last part of
-the source.
+the source. ``SOURCE+optimised`` is its optimised form (decoders/inference.py), with the words of ``make bench-all`` after further plus
+signs: ``exports/mine+optimised+compiled``.
 """
 
 import re
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 import decoders
 from decoders.baseline.model import DiffusersDecoder
-from decoders.exported import ExportError
+from decoders.exported import Exported, ExportError
 from decoders.latent_spaces.base import hash_parts
 from decoders.latent_spaces.diffusers import DiffusersVAE
+from experiments.bench_rows import OPTIMISED, PLAIN, options_of
 from experiments.compose import ConfigError
 from experiments.runs import run_dir
 
@@ -29,10 +31,11 @@ _LABEL = re.compile(r"[\w][\w.+-]*")
 
 @dataclass(frozen=True)
 class Named:
-    """A decoder's label and where it is."""
+    """A decoder's label, where it is, and the way that it is run (experiments/bench_rows.py)."""
 
     label: str
     source: str
+    way: str = PLAIN
 
 
 @dataclass
@@ -61,7 +64,8 @@ class Chosen:
             t, h, w = size
             return self.model.decode(latent)[:, :, :t, :h, :w].float()
         given = {"reference": reference} if self.uses_reference else {}
-        return self.model.decode(latent, size=size, generator=generator, **given).float()
+        video = self.model.decode(latent, size=size, generator=generator, **given)
+        return video.float() if video.dtype != torch.uint8 else video.movedim(-1, 1).float() / 127.5 - 1
 
     def about(self) -> dict[str, Any]:
         """For a result's file."""
@@ -77,12 +81,30 @@ def parse(listed: Sequence[str]) -> list[Named]:
             label, source = Path(str(text).rstrip("/")).name if text != OWN else OWN, str(text)
         if not source or not _LABEL.fullmatch(label) or (label == OWN) != (source == OWN):
             raise ConfigError(f"decoders: {text!r} is not own, SOURCE or LABEL=SOURCE with a plain label")
+        source, way = _split(source)
         if label in [other.label for other in found]:
             raise ConfigError(f"decoders: two are called {label}; write LABEL=SOURCE to tell them apart")
-        found.append(Named(label, source))
+        found.append(Named(label, source, way))
     if not found:
         raise ConfigError("decoders=[...] names none; such as decoders=[own,exports/mine]")
     return found
+
+
+def _split(source: str) -> tuple[str, str]:
+    """A source and its way. Raises ConfigError: no such way, or none of ``own``."""
+    plain, mark, rest = source.partition(f"+{OPTIMISED}")
+    if not mark or Path(source).expanduser().exists():
+        return source, PLAIN
+    way = OPTIMISED + rest
+    try:
+        options_of(way)
+    except ValueError as error:
+        raise ConfigError(f"decoders: {source}: {error}") from None
+    if plain == OWN:
+        raise ConfigError(
+            f"decoders: own is decoded as diffusers does it; our optimised form of it: fast=FOLDER+{way}, the pipeline's folder"
+        )
+    return plain, way
 
 
 def find(source: str) -> str:
@@ -92,11 +114,31 @@ def find(source: str) -> str:
     return source
 
 
-def load_export(named: Named, dtype: torch.dtype, device: str) -> nn.Module:
+def load_export(named: Named, dtype: torch.dtype, device: str) -> Exported:
     """What ``decoders.load`` gives. Raises ConfigError."""
     try:
         return decoders.load(find(named.source), dtype=dtype, device=device)
     except (ExportError, OSError) as error:
+        raise ConfigError(f"decoders: {named.label}: {str(error).splitlines()[0]}") from None
+
+
+def optimised(named: Named, model: Exported, calibration: Sequence[Tensor] = ()) -> Exported:
+    """``model``, on its device, in the way that it is asked for. Raises ConfigError: it cannot be run so.
+
+    Args:
+        calibration: normalised latents "b c n y x", for ways with products of eight bits.
+    """
+    options = options_of(named.way)
+    if options is None:
+        return model
+    if options.bits8 != "none" and not calibration:
+        raise ConfigError(
+            f"decoders: {named.label}: eight bits need latents to calibrate on, and are measured by make quantise; here take "
+            f"{OPTIMISED} without them"
+        )
+    try:
+        return model.optimised(options, calibration if options.bits8 != "none" else ())
+    except ValueError as error:
         raise ConfigError(f"decoders: {named.label}: {str(error).splitlines()[0]}") from None
 
 
@@ -105,15 +147,18 @@ def open_decoder(named: Named, pipeline: str | None, dtype: torch.dtype, device:
     if named.source == OWN:
         return _open_own(pipeline, dtype, device)
     model = load_export(named, dtype, device)
+    way = "" if named.way == PLAIN else f"+{named.way}"
+    digest = _digest(model) + way  # before: the optimised form packs its weights anew
+    model = optimised(named, model)
     return Chosen(
         named.label,
-        named.source,
+        named.source + way,
         model,
         model.space,
         model.size_multiple,
         model.uses_reference,
         model.family,
-        _digest(model),
+        digest,
     )
 
 

@@ -121,27 +121,36 @@ def fixed_seed(config: FixedSeedConfig, arguments: Sequence[str] = ()) -> tuple[
     out = Path(config.out).expanduser()
     require_folder(out)
     chosen = [open_decoder(name, config.pipeline, DTYPES[config.dtype], device) for name in named]
-    how = {"dtype": config.dtype, "crf": config.crf, "decoders": {c.label: c.about() for c in chosen}}
-    before = _earlier(out, how, config.overwrite)
-    rows: dict[str, dict[str, Any]] = {}
-    failed = 0
+    how = {
+        "dtype": config.dtype,
+        "crf": config.crf,
+        "fps": config.fps,
+        "decoders": {c.label: c.about() for c in chosen},
+    }
+    before, labels = _earlier(out, how, config.overwrite), [c.label for c in chosen]
+    rows = {one.name: row for one in latents if (row := before.get(one.name)) and _is_done(one, row, out, labels)}
+    done, failed = set(rows), 0
     print(f"{len(latents)} latents, {', '.join(c.label for c in chosen)}; {device}, to {out}", flush=True)
+    _write_table(
+        out, rows, labels
+    )  # first: lines of videos that are decoded anew must not be found after an interruption
     write_atomically(out / ABOUT, lambda path: path.write_text(json.dumps({"how": how}, indent=1) + "\n"))
     try:
         for number, latent in enumerate(latents, start=1):
-            if (row := before.get(latent.name)) and all(_video(out, c.label, latent.name).is_file() for c in chosen):
-                rows[latent.name] = row
+            if latent.name in done:
                 continue
             try:
                 rows[latent.name] = _decode_all(latent, chosen, config, out)
                 told = _told(rows[latent.name], chosen)
+                _write_table(out, rows, labels)
             except DiskFull:
                 raise ConfigError(f"no room in {out}: free some space, then run the same command") from None
             except (BadFile, ValueError, OSError, torch.OutOfMemoryError) as error:
                 failed, told = failed + 1, f"failed: {str(error).splitlines()[0]}"
             print(f"{number}/{len(latents)} {latent.name}  {told}", flush=True)
     finally:
-        _write_table(out, rows, [c.label for c in chosen])
+        rows = {latent.name: rows[latent.name] for latent in latents if latent.name in rows}  # in the latents' order
+        _write_table(out, rows, labels)
     result = {
         "command": " ".join(["python -m experiments.fixed_seed", *arguments]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -150,7 +159,7 @@ def fixed_seed(config: FixedSeedConfig, arguments: Sequence[str] = ()) -> tuple[
         "how": how,
         "clips": len(rows),
         "failed": failed,
-        "scores": _summary(rows, [c.label for c in chosen]),
+        "scores": _summary(rows, labels),
     }
     write_atomically(out / ABOUT, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     return result, failed
@@ -256,6 +265,14 @@ def _video(out: Path, label: str, name: str) -> Path:
     return out / label / f"{name}.mp4"
 
 
+def _is_done(latent: Latent, row: Mapping[str, Any], out: Path, labels: Sequence[str]) -> bool:
+    """Whether all videos are there and younger than this latent, which may have been generated anew since."""
+    videos = [_video(out, label, latent.name) for label in labels]
+    if os.path.abspath(latent.path) != row["latent"] or not all(video.is_file() for video in videos):
+        return False
+    return min(video.stat().st_mtime_ns for video in videos) >= os.stat(latent.path).st_mtime_ns
+
+
 def _rows(source: str) -> dict[str, Mapping[str, str]]:
     """Lines of a list of latents by absolute path; a folder's own list, where ``make generate`` wrote one."""
     path = Path(source).expanduser()
@@ -274,13 +291,16 @@ def _earlier(out: Path, how: dict[str, Any], overwrite: bool) -> dict[str, dict[
         then = json.loads((out / ABOUT).read_text())["how"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{out / ABOUT} is damaged: choose another out, or overwrite=true decodes all anew") from None
+    for key in ("dtype", "crf", "fps"):
+        if then.get(key) != how[key]:
+            raise ConfigError(
+                f"{out} holds videos of {key}={then.get(key)}: choose another out, or overwrite=true decodes all anew"
+            )
     for label, about in how["decoders"].items():
         if then["decoders"].get(label, about)["weights"] != about["weights"]:
             raise ConfigError(
                 f"{out} holds videos of other weights under {label}: choose another out or label, or overwrite=true decodes all anew"
             )
-    if (then["dtype"], then["crf"]) != (how["dtype"], how["crf"]):
-        raise ConfigError(f"{out} holds videos of dtype={then['dtype']} and crf={then['crf']}: choose another out")
     if list(then["decoders"]) != list(how["decoders"]) or not (out / TABLE).is_file():
         return {}  # the table has other columns: decoded again
     with open(out / TABLE, newline="", encoding="utf-8") as file:
@@ -297,7 +317,7 @@ def read_table(out: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise ConfigError(
             f"{out} holds no decoded pairs ({TABLE} is not there); make fixed-seed decodes them"
         ) from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{out / ABOUT} is damaged ({error}); make fixed-seed overwrite=true writes it anew"
         ) from None

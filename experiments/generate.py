@@ -38,7 +38,7 @@ from typing import Any, Literal
 
 import torch
 
-from datamodules.latents import save_latent
+from datamodules.latents import inspect_latent, save_latent
 from datamodules.probe import BadFile
 from experiments import pipeline_folder
 from experiments.bench import device_name, find_device
@@ -153,28 +153,33 @@ def generate(config: GenerateConfig) -> dict[str, int]:
     require_folder(out)
     settings = _settings(folder, config, given)
     _check_settings(out, settings, config.overwrite)
+    there = [] if config.overwrite else [clip for clip in clips if clip.path.is_file()]
+    _check_clips(out, there)
+    todo = [clip for clip in clips if config.overwrite or not clip.path.is_file()]
+    counts = {"made": 0, "there": len(there), "failed": 0}
+    print(f"{len(clips)} clips of {len(prompts)} prompts, {counts['there']} are there; {device}, to {out}", flush=True)
+    pipe = pipeline_folder.load_pipeline(folder, config.dtype, device, offload=config.offload) if todo else None
+    if config.overwrite:  # what an interruption left would be taken for clips of these settings
+        _remove(out, clips)
     about = settings | {
         "device": device_name(device),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_atomically(out / SETTINGS, lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
-    todo = clips if config.overwrite else [clip for clip in clips if not clip.path.is_file()]
-    counts = {"made": 0, "there": len(clips) - len(todo), "failed": 0}
-    print(f"{len(clips)} clips of {len(prompts)} prompts, {counts['there']} are there; {device}, to {out}", flush=True)
-    pipe = pipeline_folder.load_pipeline(folder, config.dtype, device, offload=config.offload) if todo else None
     try:
         for number, clip in enumerate(todo, start=1):
             try:
                 told = _make(pipe, folder, given, clip, config)
                 counts["made"] += 1
+                _write_list(out, clips)
             except DiskFull:
                 raise ConfigError(f"no room in {out}: free some space, then run the same command") from None
             except (BadFile, torch.OutOfMemoryError, ValueError) as error:
                 told = f"failed: {str(error).splitlines()[0]}"
                 counts["failed"] += 1
             print(f"{number}/{len(todo)} {clip.path.name}  seed {clip.seed}  {told}", flush=True)
-    finally:  # interrupted: what is there is listed even so
+    finally:
         _write_list(out, clips)
     print(", ".join(f"{count} {kind}" for kind, count in counts.items()) + f"; {out / LIST}")
     return counts
@@ -259,12 +264,39 @@ def _check_settings(out: Path, settings: dict[str, Any], overwrite: bool) -> Non
         )
 
 
+def _check_clips(out: Path, there: Sequence[Clip]) -> None:
+    """Raise ConfigError for latents that are there, but of another seed or negative prompt than the prompts file has now."""
+    rows = _listed(out)
+    for clip in there:
+        try:
+            seed = inspect_latent(str(clip.path)).seed
+        except BadFile as error:
+            raise ConfigError(f"{clip.path}: {error}; delete it, then run the same command") from None
+        negative = rows.get(clip.path.name, {}).get("negative_prompt", clip.prompt.negative)
+        for name, before, now in (("seed", seed, clip.seed), ("negative_prompt", negative, clip.prompt.negative)):
+            if before != now:
+                raise ConfigError(
+                    f"{clip.path} is there with {name} {before!r}, not {now!r}: choose another out, or overwrite=true makes all anew"
+                )
+
+
+def _remove(out: Path, clips: Sequence[Clip]) -> None:
+    """Clips that are to be made anew, and the list: latents of other prompts stay, but are of other settings."""
+    for path in (out / LIST, *(path for clip in clips for path in (clip.path, clip.reference))):
+        path.unlink(missing_ok=True)
+
+
+def _listed(out: Path) -> dict[str, dict[str, Any]]:
+    """Lines of ``latents.csv`` by file name, of latents that are there."""
+    if not (out / LIST).is_file():
+        return {}
+    with open(out / LIST, newline="", encoding="utf-8") as file:
+        return {row["path"]: row for row in csv.DictReader(file) if os.path.isfile(out / row["path"])}
+
+
 def _write_list(out: Path, clips: Sequence[Clip]) -> None:
     """``latents.csv``: the clips that are there, of this command and of earlier ones."""
-    rows: dict[str, dict[str, Any]] = {}
-    if (out / LIST).is_file():
-        with open(out / LIST, newline="", encoding="utf-8") as file:
-            rows = {row["path"]: row for row in csv.DictReader(file) if os.path.isfile(out / row["path"])}
+    rows = _listed(out)
     for clip in clips:
         if clip.path.is_file():
             rows[clip.path.name] = {

@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments.compose import ConfigError
 
+TEXT = "utf-8-sig"  # with or without the mark that spreadsheets and editors write first: it is no part of a prompt
 LARGEST_SEED = 2**32  # exclusive; RefDecoder's script draws seeds below it
 SAMPLES = {"vbench": 5, "i2v": 5, "vbench2": 3}  # videos of a prompt that the scorers read, indices from 0
 DIVERSITY, DIVERSITY_SAMPLES = "Diversity", 20  # of VBench-2.0: how unlike each other the videos of one prompt are
@@ -51,10 +52,12 @@ def suite_of(entries: Sequence[dict[str, Any]]) -> str:
 def read_info(path: str | Path) -> list[dict[str, Any]]:
     """A benchmark's list, checked. Raises ConfigError."""
     try:
-        entries = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        entries = json.loads(Path(path).expanduser().read_text(encoding=TEXT))
         for entry in entries:
             if not isinstance(entry["prompt_en"], str) or not isinstance(entry["dimension"], list):
                 raise TypeError("prompt_en must be text and dimension a list")
+            if not isinstance(entry.get("image_name", ""), str):
+                raise TypeError("image_name must be text")
             entry["dimension"] = [str(name) for name in entry["dimension"]]
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
@@ -64,6 +67,8 @@ def read_info(path: str | Path) -> list[dict[str, Any]]:
         ) from None
     if not entries:
         raise ConfigError(f"{path} lists no prompts")
+    if 0 < (without := sum("image_name" not in entry for entry in entries)) < len(entries):
+        raise ConfigError(f"{path} is no list of prompts: {without} of {len(entries)} have no image_name")
     return entries
 
 
@@ -103,6 +108,8 @@ def read_prompts(
         found = readers[file.suffix](file, images, dimensions, samples)
     except UnicodeDecodeError:
         raise ConfigError(f"prompts={path} is no text in UTF-8") from None
+    except csv.Error as error:
+        raise ConfigError(f"prompts={path} is no table: {error}") from None
     if not found:
         raise ConfigError(f"prompts={path} holds no prompt")
     merged: dict[tuple[str, str], Prompt] = {}
@@ -121,14 +128,14 @@ def read_prompts(
 
 
 def _read_text(file: Path, images: str | None, dimensions: Any, samples: int | None) -> list[Prompt]:
-    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in file.read_text(encoding=TEXT).splitlines())
     return [Prompt(line, samples or 1) for line in lines if line and not line.startswith("#")]
 
 
 def _read_table(file: Path, images: str | None, dimensions: Any, samples: int | None) -> list[Prompt]:
     root = Path(images).expanduser() if images else file.parent
     found = []
-    with open(file, newline="", encoding="utf-8") as text:
+    with open(file, newline="", encoding=TEXT) as text:
         rows = csv.DictReader(text, skipinitialspace=True)
         if "prompt" not in (rows.fieldnames or ()):
             raise ConfigError(f"prompts={file} has no column prompt, only {rows.fieldnames}")

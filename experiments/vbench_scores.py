@@ -36,8 +36,10 @@ def read_result(folder: Path, dimension: str) -> Dimension | None:
     try:
         content = json.loads(files[-1].read_text())[dimension]
         score, lines = float(content[0]), content[-1]
-        if not isinstance(lines, list):  # a score alone
+        if isinstance(lines, int | float):  # a score alone
             lines = []
+        if not isinstance(lines, list):
+            raise TypeError(f"a {type(lines).__name__} where the list of videos should be")
         videos = {Path(line["video_path"]).name: _value(line["video_results"], dimension) for line in lines}
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(

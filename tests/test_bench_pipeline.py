@@ -10,6 +10,7 @@ from torch import nn
 from experiments import bench_pipeline as command
 from experiments.bench_pipeline import STAGES, StageClock
 from experiments.compose import ConfigError
+from tests.pipeline_small import FILES, exported
 from tests.tiny_pipelines import tiny_image, tiny_pipeline
 
 
@@ -141,10 +142,69 @@ def test_decoders_take_turns_in_one_pipeline(folder: Path, other: Path, tmp_path
     assert "| other" in captured.out and path.with_suffix(".md").is_file()
 
 
+def test_optimised_forms_take_turns_too(folder: Path, other: Path, tmp_path: Path, monkeypatch) -> None:
+    """Made once, where they are used; plain decoders move away between their turns, and the frames are the same."""
+    built, frames = [], {}
+    real_build, real_run = command.optimised, command._run
+    monkeypatch.setattr(command, "optimised", lambda *given: built.append(real_build(*given)) or built[-1])
+
+    def run(pipe, model, name, *given):
+        if name.label != "own":
+            latent = torch.randn(1, 8, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+            frames.setdefault(name.label, []).append(model.decode(latent))
+        return real_run(pipe, model, name, *given)
+
+    monkeypatch.setattr(command, "_run", run)
+    listed = f"decoders=[own,{other},fast={other}+optimised+nographs]"
+    command.main(arguments(folder, tmp_path, "rounds=2", listed))
+    (model,) = built
+    assert model.is_optimised
+    assert len(frames["vae"]) == len(frames["fast"]) == 3
+    for plain, fast in zip(frames["vae"], frames["fast"], strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=0)
+    (path,) = tmp_path.glob("bench-pipeline-*.json")
+    found = json.loads(path.read_text())["decoders"]
+    assert {label: row["way"] for label, row in found.items()} == {
+        "own": "plain",
+        "vae": "plain",
+        "fast": "optimised+nographs",
+    }
+
+
+def test_eight_bits_are_calibrated_on_the_pipelines_own_latents(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    seen = []
+    real = command.optimised
+    monkeypatch.setattr(
+        command, "optimised", lambda name, model, latents: (seen.append(latents), real(name, model, latents))[1]
+    )
+    exported("ltx", "flashdecoder")
+    source = Path(FILES.name) / "exported" / "ltx" / "flashdecoder"
+    command.main(arguments(folder, tmp_path, "rounds=1", f"decoders=[own,a={source}+optimised+linear8]"))
+    ((latent,),) = seen
+    assert latent.shape == (1, 8, 2, 2, 3) and latent.std() > 0.1
+
+
+def test_negative_prompts_are_part_of_the_text(folder: Path) -> None:
+    pipe, calls = tiny_pipeline("ltx_t2v"), []
+    pipe.text_encoder.register_forward_hook(lambda *given: calls.append(clock._inside))
+    clock = StageClock("cpu")
+    given = {
+        "prompt": "a kite",
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+        "num_inference_steps": 2,
+        "output_type": "latent",
+    }
+    with clock.watch(pipe):
+        pipe(**given, guidance_scale=3.0)
+        assert calls == [True, True], "both prompts, inside the stage that is measured"
+        pipe(**given, guidance_scale=1.0)
+    assert calls == [True] * 3
+
+
 @pytest.mark.parametrize("kind", ["ltx_i2v", "wan_i2v"])
 def test_image_to_video_has_an_image_stage(kind: str, tmp_path: Path) -> None:
-    if kind == "wan_i2v":
-        pytest.importorskip("accelerate", reason="diffusers loads Wan's transformer with accelerate alone")
     tiny_pipeline(kind).save_pretrained(tmp_path / "tiny")
     tiny_image(64, 96).save(tmp_path / "first.png")
     config = arguments(tmp_path / "tiny", tmp_path, "rounds=1", f"image={tmp_path / 'first.png'}")
@@ -160,6 +220,8 @@ def test_image_to_video_has_an_image_stage(kind: str, tmp_path: Path) -> None:
         (["num_frames=6"], "the nearest is 1 or 9"),
         (["decoders=[own,wan_mini]"], "wan_mini: "),
         (["decoders=[]"], "names none"),
+        (["decoders=[own+optimised]"], "fast=FOLDER\\+optimised"),
+        (["decoders=[a=wan_mini+optimised+quick]"], "no way 'quick'"),
         (["rounds=0"], "rounds=0 must be at least 1"),
         (["decoder=own"], "decoder"),
     ],

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -127,6 +128,47 @@ def test_goes_on_where_it_stopped(latents: Path, tmp_path: Path, vaes: tuple[Pat
         fixed_seed.fixed_seed(options(latents, out, vaes, decoders=["own", f"other={vaes[0]}"]))
     with pytest.raises(ConfigError, match="crf=10: choose another out"):
         fixed_seed.fixed_seed(options(latents, out, vaes, crf=20))
+
+
+def test_what_an_interruption_or_new_latents_left_is_decoded_anew(latents, tmp_path: Path, vaes, monkeypatch) -> None:
+    out, real, calls = tmp_path / "out", decoder_choice.Chosen.decode, []
+    swapped = ["own", f"other={vaes[0]}"]
+    fixed_seed.fixed_seed(options(latents, out, vaes))
+
+    def killed(self, *args):
+        calls.append(self.label)
+        raise SystemExit  # with the table as it was before: as a kill would leave it
+
+    monkeypatch.setattr(decoder_choice.Chosen, "decode", killed)
+    write = fixed_seed._write_table
+    monkeypatch.setattr(fixed_seed, "_write_table", lambda *given: None if calls else write(*given))
+    with pytest.raises(SystemExit):
+        fixed_seed.fixed_seed(options(latents, out, vaes, decoders=swapped, overwrite=True))
+    monkeypatch.setattr(fixed_seed, "_write_table", write)
+    monkeypatch.setattr(decoder_choice.Chosen, "decode", lambda self, *a: (calls.append(self.label), real(self, *a))[1])
+    calls.clear()
+    fixed_seed.fixed_seed(options(latents, out, vaes, decoders=swapped))
+    assert len(calls) == 6, "the old videos, of other weights, are not taken for the new ones"
+
+    calls.clear()
+    later = (out / "own" / "clip1.mp4").stat().st_mtime + 5
+    os.utime(latents / "clip1.safetensors", (later, later))
+    fixed_seed.fixed_seed(options(latents, out, vaes, decoders=swapped))
+    assert calls == ["own", "other"], "clip1 was generated anew"
+    assert [row["name"] for row in fixed_seed.read_table(out)[1]] == ["clip0", "clip1", "clip2"]
+    with pytest.raises(ConfigError, match="holds videos of fps=None"):
+        fixed_seed.fixed_seed(options(latents, out, vaes, decoders=swapped, fps=8))
+
+
+def test_the_optimised_form_beside_the_plain_one(latents: Path, tmp_path: Path, vaes: tuple[Path, Path]) -> None:
+    listed = [str(vaes[1]), f"fast={vaes[1]}+optimised", f"bytes={vaes[1]}+optimised+uint8"]
+    result, failed = fixed_seed.fixed_seed(options(latents, tmp_path / "out", vaes, decoders=listed, pipeline=None))
+    assert failed == 0
+    assert result["how"]["decoders"]["fast"]["weights"] == result["how"]["decoders"]["vae"]["weights"] + "+optimised"
+    for label in ("fast", "bytes"):
+        assert result["scores"][label][fixed_seed.AGAINST][0] > 50
+    with pytest.raises(ConfigError, match="eight bits need latents to calibrate on"):
+        decoder_choice.open_decoder(decoder_choice.parse([f"{vaes[1]}+optimised+mlp8"])[0], None, torch.float32, "cpu")
 
 
 class Painter(nn.Module):

@@ -65,8 +65,6 @@ def with_images(folder: Path, kind: str) -> Path:
 def test_saved_latents_are_what_the_pipeline_decodes(kind: str, folders, tmp_path: Path) -> None:
     """Held against what the pipeline's autoencoder is given when it decodes by itself: raw, laid out and scaled."""
     prompts = with_images(tmp_path, kind) if kind in IMAGE_KINDS else two_prompts(tmp_path)
-    if space_of(kind) != "ltx":
-        pytest.importorskip("accelerate", reason="diffusers loads Wan's transformer with accelerate alone")
     config = options(folders(kind), prompts, tmp_path / "out", kind)
     counts = command.generate(config)
     clips = command.clips_of(read_prompts(str(prompts)), config)
@@ -143,6 +141,45 @@ def test_other_settings_do_not_share_a_folder(folders, tmp_path: Path) -> None:
     assert json.loads((out / command.SETTINGS).read_text())["call"]["num_inference_steps"] == 3
 
 
+def test_an_interrupted_overwrite_leaves_no_clip_of_the_old_settings(folders, tmp_path: Path, monkeypatch) -> None:
+    prompts, out = two_prompts(tmp_path), tmp_path / "out"
+    command.generate(options(folders("ltx_t2v"), prompts, out, "ltx_t2v"))
+    real = pipeline_folder.call_latents
+    monkeypatch.setattr(pipeline_folder, "call_latents", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        command.generate(options(folders("ltx_t2v"), prompts, out, "ltx_t2v", steps=3, overwrite=True))
+    assert rows_of(out) == []
+    monkeypatch.setattr(pipeline_folder, "call_latents", real)
+    assert command.generate(options(folders("ltx_t2v"), prompts, out, "ltx_t2v", steps=3))["made"] == 2
+
+
+def test_clips_are_listed_as_they_are_made(folders, tmp_path: Path, monkeypatch) -> None:
+    """Whatever ends the process, the list names what is there."""
+    out, real, listed = tmp_path / "out", pipeline_folder.call_latents, []
+    monkeypatch.setattr(
+        pipeline_folder,
+        "call_latents",
+        lambda *given: (listed.append((out / command.LIST).is_file() and len(rows_of(out))), real(*given))[1],
+    )
+    command.generate(options(folders("ltx_t2v"), two_prompts(tmp_path), out, "ltx_t2v"))
+    assert listed == [False, 1]
+
+
+def test_another_seed_or_negative_prompt_is_another_latent(folders, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.csv", tmp_path / "out"
+    config = options(folders("ltx_t2v"), prompts, out, "ltx_t2v")
+    prompts.write_text("prompt,seed,negative_prompt\na kite,7,blurry\n")
+    command.generate(config)
+    for line, message in (("8,blurry", "seed 7, not 8"), ("7,dull", "negative_prompt 'blurry', not 'dull'")):
+        prompts.write_text(f"prompt,seed,negative_prompt\na kite,{line}\n")
+        with pytest.raises(ConfigError, match=f"is there with {message}: choose another out"):
+            command.generate(config)
+    assert [(row["seed"], row["negative_prompt"]) for row in rows_of(out)] == [("7", "blurry")]
+    next(out.glob("*.safetensors")).write_bytes(b"cut")
+    with pytest.raises(ConfigError, match="delete it, then run the same command"):
+        command.generate(config)
+
+
 def test_the_size_follows_the_image(folders, tmp_path: Path) -> None:
     """RefDecoder's rule: the area is kept, sides are floored to multiples."""
     tiny_image(100, 200).save(tmp_path / "wide.png")
@@ -179,10 +216,16 @@ def test_what_cannot_be_made_is_refused_before_any_work(kind, text, more, messag
     assert not list(tmp_path.glob("out/*.safetensors"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("accelerate") is not None, reason="accelerate is installed")
-def test_without_accelerate_the_package_is_named(folders, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="pip install accelerate"):
+def test_without_accelerate_and_ftfy_the_packages_are_named(folders, tmp_path: Path, monkeypatch) -> None:
+    from diffusers.pipelines.wan import pipeline_wan_i2v
+
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else there(name))
+    monkeypatch.delattr(pipeline_wan_i2v, "ftfy")
+    with pytest.raises(ConfigError, match=r"needs accelerate: pip install accelerate$"):
         command.generate(options(folders("wan_t2v"), two_prompts(tmp_path), tmp_path / "out"))
+    with pytest.raises(ConfigError, match="pip install accelerate ftfy"):
+        command.generate(options(folders("wan_i2v"), with_images(tmp_path, "wan_i2v"), tmp_path / "out", "wan_i2v"))
 
 
 def test_folders_that_are_no_pipeline(folders, tmp_path: Path) -> None:
@@ -236,6 +279,30 @@ def test_benchmark_lists(tmp_path: Path) -> None:
     assert (prompt.samples, Path(prompt.image).name) == (5, "a beach.jpg")
     with pytest.raises(ConfigError, match="no prompt is of scene; there are i2v_background"):
         read_prompts(str(tmp_path / "i2v.json"), images=str(tmp_path), dimensions=["scene"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "prompt\n" + "x" * 200_000, "is no table: field larger"),
+        ("a.json", '[{"prompt_en": "a", "dimension": [], "image_name": 3}]', "image_name must be text"),
+        (
+            "a.json",
+            '[{"prompt_en": "a", "dimension": [], "image_name": "a.png"}, {"prompt_en": "b", "dimension": []}]',
+            "1 of 2 have no image_name",
+        ),
+    ],
+)
+def test_files_that_hold_no_prompts(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(str(tmp_path / name), images=str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "a kite\n"), ("a.csv", "prompt,seed\na kite,\n")])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert [prompt.text for prompt in read_prompts(str(tmp_path / name))] == ["a kite"]
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:

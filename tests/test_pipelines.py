@@ -28,6 +28,7 @@ from torch import nn
 import decoders
 from decoders.exported import ExportError, save
 from decoders.pipelines import for_pipeline, swap
+from decoders.pipelines.swapping import _require_module
 from experiments.config import load
 from experiments.train import build
 
@@ -76,6 +77,19 @@ def test_images_are_encoded_by_the_pipelines_own_autoencoder(kind):
     with swap(pipeline(kind), exported(space_of(kind), "flashdecoder")):
         latent = call(pipeline(kind), kind, "latent")
     assert torch.equal(latent, call(pipeline(kind), kind, "latent"))
+
+
+def test_video_to_video_counts_its_frames_by_the_adapter():
+    from diffusers import WanVideoToVideoPipeline
+
+    film = [tiny_image(32, 48, seed) for seed in range(5)]
+    given = {name: call_arguments("wan_t2v")[name] for name in ("prompt", "height", "width", "max_sequence_length")}
+    with swap(pipeline("wan_t2v"), exported("wan", "flash_vaed")) as adapter:
+        assert adapter.temperal_downsample == adapter.own.vae.temperal_downsample
+        pipe = WanVideoToVideoPipeline.from_pipe(pipeline("wan_t2v"), vae=adapter)
+        pipe.set_progress_bar_config(disable=True)
+        frames = pipe(video=film, strength=0.5, num_inference_steps=2, output_type="np", **given).frames
+    assert frames.shape == (1, 5, 32, 48, 3) and np.isfinite(frames).all()
 
 
 # --- references ------------------------------------------------------------------------------------------------------
@@ -234,6 +248,9 @@ def test_other_latents_are_refused():
         swap(SimpleNamespace(), flash)
     with pytest.raises(FileNotFoundError, match="looked for"):
         for_pipeline(flash, folder_of("wan") / "nowhere")
+    for no_module in ("exports/flashdecoder", None):
+        with pytest.raises(ExportError, match=r"give decoders\.load"):
+            _require_module(no_module)  # what both doors ask first; in tests their annotations are asked even before
     adapter = for_pipeline(flash)
     with pytest.raises(ExportError, match=r"takes \(b, 16, n, y, x\)"):
         adapter.decode(torch.zeros(1, 48, 1, 2, 2))

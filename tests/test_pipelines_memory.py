@@ -86,6 +86,20 @@ def test_a_bfloat16_decoder_gets_latents_that_were_denormalised_in_float32():
     assert np.abs(frames - exact).mean() < 1e-3
 
 
+@pytest.mark.parametrize("name", ["flashdecoder", "own"])
+def test_an_ltx_pipeline_in_bfloat16_has_rounded_statistics(name):
+    """They are buffers of LTX's autoencoder, and are cast with it: the same latents nevertheless, by the decoder's own numbers."""
+    pipe, decoder = new_pipeline("ltx_t2v"), exported("ltx", name)
+    pipe.vae.to(torch.bfloat16)
+    with swap(pipe, decoder) as adapter:
+        assert adapter.mean.tolist() == pytest.approx(decoder.space.mean, rel=1e-7)
+        assert adapter.latents_std.tolist() != pipe.vae.own.vae.latents_std.tolist()
+        same(call(pipe, "ltx_t2v"), by_hand(decoder, "ltx_t2v"))
+    pipe.vae.latents_mean += 0.05
+    with pytest.raises(ExportError, match="another mean"):
+        swap(pipe, decoder)
+
+
 def test_moving_a_pipeline_moves_decoder_and_encoder_and_keeps_the_statistics():
     pipe = new_pipeline("wan_i2v")
     mean = torch.tensor(pipe.vae.config.latents_mean)
@@ -110,6 +124,32 @@ def test_offloading_hooks_run_before_encoding_and_decoding():
     assert seen == [adapter] * 2
     with pytest.raises(ValueError, match="does not support group offloading"):
         adapter.enable_group_offload(onload_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["wan_i2v", "ltx_t2v"])
+def test_offloading_by_accelerate_outlasts_the_swap(kind):
+    """The hooks are those of a GPU; only the device that they bring parts to is the CPU."""
+    pipe, decoder = new_pipeline(kind), exported(kind.partition("_")[0], "flash_vaed")
+    own, expected = pipe.vae, call(pipe, kind)
+    swapped = swap(pipe, decoder)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):  # diffusers lays its hooks anew after every call
+        assert hasattr(swapped.adapter, "_hf_hook")
+        same(call(pipe, kind), by_hand(decoder, kind))
+    swapped.undo()
+    assert pipe.vae is own and hasattr(own, "_hf_hook") and not hasattr(swapped.adapter, "_hf_hook")
+    np.testing.assert_array_equal(call(pipe, kind), expected)
+
+
+def test_sequential_offloading_leaves_the_decoder_whole():
+    pipe = new_pipeline("wan_t2v")
+    swapped = swap(pipe, copy.deepcopy(exported("wan", "flashdecoder")))
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    assert not any(hasattr(module, "_hf_hook") for module in swapped.adapter.modules())
+    assert any(hasattr(module, "_hf_hook") for module in pipe.transformer.modules())
+    pipe.remove_all_hooks()
+    swapped.undo()
+    assert pipe._exclude_from_cpu_offload == type(pipe)._exclude_from_cpu_offload
 
 
 def test_swapping_into_an_offloaded_pipeline_is_refused():

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from datamodules.latent_stream import LatentReader
 from datamodules.latents import save_latent
+from decoders import streaming
 from decoders.exported import Exported, load
 from decoders.inference import InferenceOptions
 from decoders.streaming import Behind, Stream, ahead, stream
 from experiments.cli_coding import to_bytes
+from experiments.config import build_decoder, build_space
+from experiments.config import load as load_experiment
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
@@ -93,6 +96,18 @@ def test_mistakes_are_told(own):
         next(stream(own, iter(()), 32, 48))
     with pytest.raises(ValueError, match="latent frame"):
         Stream(own, 32, 48).push(latents(own, 1, 5, 5))
+    with pytest.raises(ValueError, match="have no latent frame"):
+        Stream(own, 32, 48).push(latents(own, 1)[:, :, :0])
+
+
+def test_a_bare_networks_stream_keeps_no_graph():
+    """Its weights may want gradients: memory would grow with every frame."""
+    experiment = load_experiment("flashdecoder_debug")
+    network = build_decoder(experiment, build_space(experiment)).model
+    assert next(network.parameters()).requires_grad
+    video = Stream(network, 32, 48)
+    latent = torch.randn(1, 12, 2, 4, 6)
+    assert not any(piece.requires_grad for piece in (video.push(latent), video.finish()))
 
 
 # ---- threads
@@ -136,6 +151,35 @@ def test_ahead_hands_errors_over_and_ends_with_its_reader():
     next(reading)
     reading.close()
     assert threading.active_count() == before
+
+
+def test_no_room_is_no_unbounded_room():
+    with pytest.raises(ValueError, match="room=0"):
+        next(ahead(iter(range(3)), room=0))
+    with pytest.raises(ValueError, match="room=0"):
+        Behind(print, room=0)
+
+
+def test_an_error_does_not_wait_for_an_item_that_never_comes(monkeypatch):
+    monkeypatch.setattr(streaming, "PART_S", 0.1)
+    never = threading.Event()
+
+    def waiting():
+        yield 1
+        never.wait()
+
+    with pytest.raises(KeyError):
+        for _ in ahead(waiting()):
+            raise KeyError
+    never.set()
+
+
+def test_nothing_is_put_after_the_end():
+    with Behind(lambda item: None, room=1) as writing:
+        writing.put(1)
+    with pytest.raises(ValueError, match="context was left"):
+        for number in range(3):
+            writing.put(number)
 
 
 def test_behind_is_bounded_in_order_and_raises():

@@ -232,6 +232,20 @@ def test_results_with_special_cases(tmp_path: Path) -> None:
     assert vbench_scores.read_result(tmp_path, "human_action").videos == {"b-0.mp4": 1.0}
 
 
+def test_json_of_another_shape_is_refused(tmp_path: Path) -> None:
+    for content in ("[1, 2]", '{"suite": "vbench"}', "{"):
+        (tmp_path / "layout.json").write_text(content)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            vbench.main(["table", f"in={tmp_path}"])
+    (tmp_path / "fixed_seed.csv").write_text("name\n")
+    (tmp_path / "fixed_seed.json").write_text("[]")
+    with pytest.raises(ConfigError, match="is damaged"):
+        vbench.main(["layout", f"in={tmp_path}", f"out={tmp_path / 'out'}"])
+    (tmp_path / "r_eval_results.json").write_text(json.dumps({"human_action": [0.5, {"video_path": "a-0.mp4"}]}))
+    with pytest.raises(ConfigError, match="a dict where the list of videos"):
+        vbench_scores.read_result(tmp_path, "human_action")
+
+
 def test_totals_are_the_leaderboards() -> None:
     """At the ends of the ranges of scripts/constant.py the totals are 1 and 0; between, worked out by hand."""
     ranges = {

@@ -8,7 +8,6 @@ work on them as on any pipeline. A call takes about a second on one CPU core.
 """
 
 import string
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,6 @@ def tiny_pipeline(kind: str, seed: int = 0) -> Any:
             )
             cls = diffusers.WanImageToVideoPipeline if kind in IMAGE_KINDS else diffusers.WanPipeline
             if kind in IMAGE_KINDS:
-                _without_ftfy()
                 parts |= {"image_encoder": None, "image_processor": None}  # as in Wan 2.2; optional in the pipeline
         pipe = cls(**parts)
     pipe.set_progress_bar_config(disable=True)
@@ -124,16 +122,6 @@ def tiny_tokenizer() -> Any:
     letters = [(letter, -3.0) for letter in string.ascii_lowercase + string.digits + ",.-"]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0), *letters]
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=32)
-
-
-def _without_ftfy() -> None:
-    """diffusers 0.42 calls ftfy in Wan's image-to-video pipeline without asking whether it is there, as its others do."""
-    from importlib.util import find_spec
-
-    from diffusers.pipelines.wan import pipeline_wan_i2v
-
-    if find_spec("ftfy") is None:
-        pipeline_wan_i2v.ftfy = SimpleNamespace(fix_text=lambda text: text)
 
 
 def _text_encoder(space: str) -> nn.Module:

@@ -6,7 +6,8 @@
 
 Raw latents go in and out, as of any autoencoder of diffusers: pipelines need no change, and scripts that denormalise by themselves
 stay right. What pipelines exchange with it is float32 whatever the decoder computes in (``dtype``), so that their statistics are
-not applied in bfloat16; undoing them leaves float32's rounding, about 1e-6 of a latent.
+not applied in bfloat16; undoing them leaves float32's rounding, about 1e-6 of a latent. (LTX's pipelines round raw latents to the
+prompt embedding's dtype before they call their autoencoder, whichever it is.)
 """
 
 from collections.abc import Mapping
@@ -33,8 +34,9 @@ class PipelineDecoder(ModelMixin):
     """Stands where a pipeline expects its autoencoder. Made by ``for_pipeline`` or ``swap``.
 
     It is a ``ModelMixin`` because ``from_pretrained(folder, vae=...)`` refuses anything else. ``to``, ``enable_model_cpu_offload``
-    and ``eval`` act on the decoder and on the own autoencoder's encoder; its decoder stays where it is. Offloading layer by layer
-    (``enable_sequential_cpu_offload``, ``enable_group_offload``) is not for it: decoders read weights outside of layers' ``forward``.
+    and ``eval`` act on the decoder and on the own autoencoder's encoder; its decoder stays where it is. It is not offloaded layer
+    by layer, as decoders read weights outside of layers' ``forward``: after a ``swap``, ``enable_sequential_cpu_offload`` leaves
+    it on the device whole; ``enable_group_offload`` is refused by diffusers.
 
     Args:
         decoder: what ``decoders.load`` returns; or any module with ``decode(latent)`` of normalised latents.

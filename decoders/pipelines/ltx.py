@@ -32,7 +32,8 @@ class LTXPipelineDecoder(PipelineDecoder):
     @property
     def latents_std(self) -> Float[Tensor, " c"]:
         """Before the scaling factor, which the pipeline divides by."""
-        return self.std * self.config.scaling_factor if self.own is None else self.own.unscaled_std
+        exact = self.own is not None and not self.own.rounding
+        return self.own.unscaled_std if exact else self.std * self.config.scaling_factor
 
     @property
     def spatial_compression_ratio(self) -> int:

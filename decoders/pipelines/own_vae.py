@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from decoders.exported import ExportError, SpaceInfo
@@ -25,6 +26,7 @@ class OwnVAE:
         layout: channels and strides.
         mean, std: "c", float32, of its latents: ``normalised = (raw - mean) / std``. A scaling factor is in ``std``, and not in
             ``unscaled_std``.
+        rounding: of them, relative, beyond float32's: an LTX autoencoder that was cast to bfloat16 has its statistics rounded with its weights.
 
     Raises:
         FileNotFoundError: there is no such folder; says where it was looked for.
@@ -50,6 +52,8 @@ class OwnVAE:
             )
         self.mean, self.std = (part.flatten().float() for part in latent_statistics(stated, self.layout))
         self.unscaled_std = stated.latents_std.detach().float().cpu() if self.layout.kind == "ltx" else self.std
+        cast = self.layout.kind == "ltx" and stated.latents_std.dtype != torch.float32
+        self.rounding = torch.finfo(stated.latents_std.dtype).eps if cast else 0.0
 
     @property
     def is_loaded(self) -> bool:
@@ -72,11 +76,15 @@ class OwnVAE:
                     f"{name}={theirs}: take a decoder that was trained in the pipeline's space"
                 )
         for name, ours, theirs in (("mean", space.mean, self.mean), ("std", space.std, self.std)):
-            if ours is not None and (theirs - theirs.new_tensor(ours)).abs().max() > FAR:
+            if ours is not None and self._is_far(theirs.new_tensor(ours), theirs):
                 raise ExportError(
                     f"the decoder is of the space {space.name}, whose latents have another {name} than the pipeline's: the "
                     "two have different autoencoders; take a decoder that was trained in the pipeline's space"
                 )
+
+    def _is_far(self, ours: Tensor, theirs: Tensor) -> bool:
+        # Twice: the scaling factor is divided by after the rounding.
+        return bool(((ours - theirs).abs() > FAR + 2 * self.rounding * ours.abs()).any())
 
 
 def _layout_of(vae: nn.Module) -> VAELayout:

@@ -42,6 +42,7 @@ def for_pipeline(
             kind of autoencoder.
         FileNotFoundError: no autoencoder at ``vae``; says where it was looked for.
     """
+    _require_module(decoder)
     if isinstance(decoder, PipelineDecoder):
         raise ExportError("this decoder stands in for an autoencoder already: give what it was made of, its .decoder")
     if isinstance(vae, PipelineDecoder):
@@ -52,6 +53,8 @@ def for_pipeline(
         if space is not None:
             own.check(space)
         strides, mean, std = (own.layout.stride_t, own.layout.stride_hw), own.mean, own.std
+        if own.rounding and space is not None and space.mean is not None and space.std is not None:
+            mean, std = torch.tensor(space.mean), torch.tensor(space.std)  # which the pipeline then reads too
         if kind not in (None, own.layout.kind):
             raise ExportError(
                 f"kind={kind}, but the pipeline's autoencoder is a {own.layout.class_name}: leave kind out"
@@ -65,6 +68,13 @@ def for_pipeline(
     cls = KINDS[kind]
     stated = cls.stated(config, mean, std, strides)
     return cls(decoder, stated, mean, std, strides, own, seed=seed, sampling=sampling)
+
+
+def _require_module(decoder: Any) -> None:
+    if not isinstance(decoder, nn.Module):
+        raise ExportError(
+            f"{str(decoder)[:200]!r} is a {type(decoder).__name__} and no decoder: give decoders.load(...)"
+        )
 
 
 def _stated(decoder: nn.Module, space: SpaceInfo | None) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor]:
@@ -92,17 +102,25 @@ class Swapped:
 
     def __init__(self, pipe: Any, adapter: PipelineDecoder, before: nn.Module) -> None:
         self.pipe, self.adapter, self._before = pipe, adapter, before
+        self._stay = pipe._exclude_from_cpu_offload  # of parts that sequential offloading leaves whole
+        pipe._exclude_from_cpu_offload = [*self._stay, "vae"]
         pipe.register_modules(vae=adapter)
 
     def undo(self) -> None:
-        """Put back what was there before. Again: without effect."""
+        """Put back what was there before; where the pipeline offloads its parts, it offloads that one too. Again: without effect."""
         if self.pipe.vae is not self.adapter:
             return
+        if offloaded := hasattr(self.adapter, "_hf_hook"):
+            from accelerate.hooks import remove_hook_from_module
+
+            remove_hook_from_module(self.adapter, recurse=True)
         if self.adapter.own is not None and self.adapter.own.is_loaded:
-            self.adapter.own.vae.to(
-                self.adapter.device
-            )  # its encoder may have moved with the adapter, its decoder has not
+            # Its encoder may have moved with the adapter, its decoder has not.
+            self.adapter.own.vae.to(self.adapter.device)
         self.pipe.register_modules(vae=self._before)  # an assignment would keep what a failed save noted of the part
+        self.pipe._exclude_from_cpu_offload = self._stay
+        if offloaded:
+            self.pipe.maybe_free_model_hooks()  # what diffusers itself calls to lay its hooks anew
 
     def __enter__(self) -> PipelineDecoder:
         return self.adapter
@@ -137,5 +155,6 @@ def swap(
     own = before
     if isinstance(before, PipelineDecoder):
         own = None if before.own is None else before.own.vae
+    _require_module(decoder)
     decoder.to(next(before.parameters()).device)
     return Swapped(pipe, for_pipeline(decoder, own, seed=seed, sampling=sampling), before)

@@ -22,6 +22,12 @@ class WanPipelineDecoder(PipelineDecoder):
         numbers = {"z_dim": len(mean), "latents_mean": mean.tolist(), "latents_std": std.tolist()}
         return {**numbers, **config, "scale_factor_temporal": strides[0], "scale_factor_spatial": strides[1]}
 
+    @property
+    def temperal_downsample(self) -> list[bool]:
+        """Which of three halvings of the picture halve the frames too; spelt as diffusers does. Video to video counts them."""
+        halvings = self.stride_t.bit_length() - 1
+        return [False] * (3 - halvings) + [True] * halvings
+
     def _see(self, x: Float[Tensor, "b 3 t h w"]) -> None:
         if not self.uses_reference:
             return

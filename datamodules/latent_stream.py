@@ -29,6 +29,7 @@ from datamodules.latents import read_header
 from datamodules.whole import whole
 
 LOOKED_AT = 64  # latent frames, evenly spread, of which mean and standard deviation are measured
+LATEST = 1e7  # seconds, four months: what a container's clock can tell
 COPIED = 1 << 24  # bytes that are brought into their final order at once
 
 Assumed = Literal["normalised", "raw"]
@@ -164,7 +165,7 @@ def _count(entries: Mapping[str, Any], key: str) -> int:
         return 0
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1
     if number < 1:
         raise BadFile(f"its metadata's {key} is {str(value)[:40]!r}, which is no number of frames")
@@ -179,6 +180,7 @@ def _seconds(entries: Mapping[str, Any], num_frames: int) -> list[float] | None:
         times = [float(time) for time in json.loads(value)]
     except (TypeError, ValueError):
         raise BadFile("its metadata's seconds are no list of times") from None
-    if len(times) != num_frames or not all(a <= b for a, b in zip(times, times[1:], strict=False)):
-        raise BadFile(f"its metadata's seconds are not {num_frames} ascending times")
+    bounded = all(0 <= time <= LATEST for time in times)
+    if len(times) != num_frames or not bounded or not all(a < b for a, b in zip(times, times[1:], strict=False)):
+        raise BadFile(f"its metadata's seconds are not {num_frames} ascending times, the first 0 or later")
     return times

@@ -43,6 +43,13 @@ from datamodules.stills import load_reference
 
 LARGEST_MEAN = 1.0
 SMALLEST_STD, LARGEST_STD = 0.2, 1.9
+BOUNDS = {  # of numbers in metadata; 0 frames or pixels: not said
+    "height": (0, 1 << 20),
+    "width": (0, 1 << 20),
+    "frames": (0, 1 << 40),
+    "fps": (1e-3, 1000),
+    "seed": (-(1 << 63), (1 << 63) - 1),
+}
 REFERENCE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 ADVICE = (
     "subtract the latent space's mean and divide by its std (latents_mean and latents_std of a diffusers VAE), or add "
@@ -85,6 +92,8 @@ def read_header(
     """
     shape, entries, _ = _contents(path, load=False)
     said = str(entries.get("normalised", "")).lower()
+    if said not in ("true", "false", "") and assume is None:
+        raise BadFile(f"its metadata's normalised is {said[:40]!r}, and must be true or false")
     raw = said == "false" if assume is None else assume == "raw"
     entries = entries | {"normalised": str(not raw).lower()}
     if raw and statistics is not None and (entries.get("mean") is None or entries.get("std") is None):
@@ -180,6 +189,8 @@ def _contents(path: str, load: bool) -> tuple[list[int], dict, Tensor | None]:
         if getattr(error, "errno", None) in OUR_FAULT or "allocate" in str(error):  # our memory, not the file
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run it
+            reason = "it is damaged, or holds other things than tensors, text and numbers; those are not loaded, since they may run code"
         raise BadFile(f"not a readable latent: {reason}".replace(path, "file")) from None
 
 
@@ -250,6 +261,10 @@ def _number(entries: dict, key: str, kind: type):
     if value is None or value == "":
         return None
     try:
-        return kind(value)
-    except (TypeError, ValueError):
+        number = kind(value)
+    except (TypeError, ValueError, OverflowError):
         raise BadFile(f"its metadata's {key} is {str(value)[:40]!r}, which is no {kind.__name__}") from None
+    low, high = BOUNDS[key]
+    if not low <= number <= high:
+        raise BadFile(f"its metadata's {key} is {str(value)[:40]}, outside of {low} to {high}")
+    return number

@@ -22,7 +22,11 @@ def load_image(path: str) -> UInt8[np.ndarray, "1 h w 3"]:
         check_readable(path)
     try:
         with Image.open(open_bytes(path) if is_member(path) else path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # which Pillow's own conversion would clip to white
+                deep = np.asarray(upright).astype(np.uint32)
+                upright = Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8))
+            return np.asarray(upright.convert("RGB"))[None]
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise BadFile(f"not a readable image: {error}".replace(path, "file"), path) from None
 

@@ -178,4 +178,10 @@ def load(
 
     if dtype is not None and not dtype.is_floating_point:
         raise ExportError(f"dtype {dtype} is not floating; take float32, bfloat16 or float16")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # or the weights' file would be blamed
+        raise ExportError(
+            f"device {device} is not to be had here ({str(error).splitlines()[0]}): load with device='cpu'"
+        ) from None
     return open_source(source, dtype, device, revision, token)

@@ -55,6 +55,8 @@ def open_source(
             return build(from_run(path.parent, path, torch.device(device)), dtype, device)
         if path.name in (WEIGHTS, CONFIG) and is_export(path.parent):
             return build(read(path.parent, torch.device(device)), dtype, device)
+        if path.suffix != ".safetensors" and not zipfile.is_zipfile(path):  # what torch.save writes is one
+            raise ExportError(f"{path} is no file of weights: give an exported folder, a run's, or one of diffusers")
         return _released(lambda own: own.from_file(path), dtype, device)
     if (path / RUN_CONFIG).is_file():
         return build(from_run(path, _weights_of(path), torch.device(device)), dtype, device)

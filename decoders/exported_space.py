@@ -56,6 +56,10 @@ class SpaceInfo:
                 raise ExportError(f"space.{name} has {len(values)} numbers for {self.channels} channels")
         if self.std is not None and not min(self.std) > 0:
             raise ExportError("space.std must be above 0 in every channel")
+        if self.chunk is not None and self.chunk != getattr(self.rule, "chunk", None):
+            raise ExportError(f"space.chunk is {self.chunk}, and chunks of this space have {self.rule.chunk} frames")
+        if self.paired and self.chunk is None:
+            raise ExportError("space.chunk is missing: a space whose chunks are pairs of latent frames has one")
         _ = self.rule  # refuses shapes that there are not
 
     @property

@@ -10,10 +10,12 @@ sizes that the decoder cannot take are padded by their last row and column, and 
 
 import json
 import os
+import signal
 import sys
+import threading
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from safetensors import safe_open
 
 from datamodules.faults import OUR_FAULT, BadFile
 from datamodules.whole import whole
-from experiments.cli_files import UsageError, plan
+from experiments.cli_files import STDOUT, UsageError, plan
 from experiments.cli_options import parser
 from experiments.video_kinds import LATENT_SUFFIXES, OutputError
 
@@ -34,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's) and return its exit status."""
     options = parser().parse_args(arguments)
     try:
-        return {"info": info}.get(options.command, convert)(options)
+        with _stoppable():
+            return {"info": info}.get(options.command, convert)(options)
     except (UsageError, OutputError) as error:
         return _say(f"error: {error}", 2)
     except ModuleNotFoundError as error:
@@ -45,8 +48,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who read standard output has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _say("error: what read the output has closed it before its end", 1)
-    except KeyboardInterrupt:
-        return _say("interrupted; nothing half written is left", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        status = error.status if isinstance(error, Stopped) else INTERRUPTED
+        return _say("interrupted; nothing half written is left", status)
+
+
+class Stopped(KeyboardInterrupt):
+    """Another signal than Ctrl-C's asked for the end; ``status`` is what a shell gives a command that it ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM (schedulers, `timeout`) and SIGHUP (a closed terminal) tidy up as Ctrl-C does; those that the caller handles, or
+    ignores, stay his."""
+
+    def stop(number: int, _: Any) -> None:
+        raise Stopped(number)
+
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        ours = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def convert(options: Namespace) -> int:
@@ -59,13 +91,21 @@ def convert(options: Namespace) -> int:
     for job in jobs:
         try:
             rows.append({"input": job.source, "output": job.target} | one(job))
+            if options.command != "reconstruct" and job.target != STDOUT and not options.quiet:
+                print(f"{job.source} -> {job.target}  {_counts(rows[-1])}", flush=True)
         except (BrokenPipeError, UsageError):
             raise
         except Exception as error:  # told by `_reason`, which raises what is no fault of the file
             failed += 1
             _say(f"failed: {job.source}: {_reason(error)}")
     if options.command == "reconstruct":
-        _tell_scores(options, rows, model.about)
+        try:
+            _tell_scores(options, rows, model.about)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            failed += 1
+            _say(f"failed: --json {options.json} cannot be written ({error.strerror}); the videos are")
     return int(failed > 0)
 
 
@@ -80,9 +120,14 @@ def _reason(error: Exception) -> str:
     raise error
 
 
+def _counts(row: dict[str, Any]) -> str:
+    latent = f", {row['latent_frames']} latent frames" if "latent_frames" in row else ""
+    return f"{row['frames']} frames{latent}"
+
+
 def _tell_scores(options: Namespace, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     names = sorted({name for row in rows for name in row.get("scores", {})})
-    stream = sys.stderr if options.out == "-" else sys.stdout
+    stream = sys.stderr if options.out == STDOUT else sys.stdout
     if names and not options.quiet:
         for row in rows:
             scores = "  ".join(f"{name} {row['scores'][name]:.4g}" for name in names)
@@ -133,13 +178,14 @@ def _tell_latents(path: Path) -> None:
         reader.said, "does not say if it is normalised"
     )
     print(f"latents: {h.frames} latent frames of {h.rows}x{h.columns}, {h.channels} channels; {said}")
-    print(f"space: {h.space or 'not said'}")
+    print(f"space: {_shown(h.space or None)}")
     if h.height:
-        print(f"video: {reader.num_frames or 'unknown number of'} frames of {h.height}x{h.width}, {h.fps or 0:g} fps")
+        rate = "varying frame rate" if reader.seconds else f"{h.fps:g} fps" if h.fps else "frame rate not said"
+        print(f"video: {reader.num_frames or 'unknown number of'} frames of {h.height}x{h.width}, {rate}")
     if reader.piece:
         print(f"coded anew every {reader.piece} latent frames")
     if h.prompt or h.seed is not None:
-        print(f"prompt: {h.prompt}; seed: {h.seed}")
+        print(f"prompt: {_shown(h.prompt)}; seed: {_shown(h.seed)}")
 
 
 def _tell_model(options: Namespace) -> None:
@@ -147,16 +193,30 @@ def _tell_model(options: Namespace) -> None:
 
     model = load_model(options)
     space, num = model.space, sum(p.numel() for p in model.parameters())
-    rule = "1 + " if space.causal else ""
+    lengths = [t for t in range(1, 8 * space.stride_t + 2) if space.padded_frames(t) == t][:5]
     print(f"{model.family}: {num / 1e6:.1f} M parameters, {str(model.dtype).removeprefix('torch.')}")
     print(
         f"space: {space.name} ({space.fingerprint}), {space.channels} channels, {space.stride_t}x{space.stride_hw}x{space.stride_hw}"
     )
-    print(f"videos: {rule}{space.stride_t}k frames, sizes in multiples of {model.size_multiple}")
+    print(f"videos: {', '.join(map(str, lengths))}, ... frames, sizes in multiples of {model.size_multiple}")
     able = {"stream": model.can_stream, "encode": model.can_encode, "looks at a reference": model.uses_reference}
     print("; ".join(f"{what}: {'yes' if yes else 'no'}" for what, yes in able.items()))
     for key, value in model.about.items():
-        print(f"{key}: {value if isinstance(value, str | int | float) else json.dumps(value, default=str)}")
+        print(f"{_shown(key)}: {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """Plain values for people; what a file says may come from anybody, and does not reach the terminal's control codes."""
+    if isinstance(value, dict):
+        return ", ".join(f"{_shown(key)} {_shown(part)}" for key, part in value.items())
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        return "".join(f"\n  {_shown(part)}" for part in value)
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    if value is None or isinstance(value, bool):
+        return {None: "not said", True: "yes", False: "no"}[value]
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _say(line: str, status: int = 1) -> int:

@@ -1,6 +1,7 @@
 """Which files the command line reads, and what they become: decided, and refused, before any work."""
 
 import os
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,14 @@ def plan(options: Namespace) -> list[Job]:
         jobs[target] = Job(str(source), target, form)
     if options.out == STDOUT and several:
         raise UsageError(f"{len(sources)} inputs cannot all go to standard output; give one, or a folder with -o")
+    if options.out == STDOUT and sys.stdout.isatty():
+        raise UsageError("raw RGB is not for a terminal: pipe it into another program, or name a file with -o")
     for job in jobs.values():
         _check_target(job, options)
+    if (scores := getattr(options, "json", None)) is not None:
+        if scores.is_dir():
+            raise UsageError(f"--json {scores} is a folder; name a file")
+        _check_writable(scores)
     return list(jobs.values())
 
 
@@ -66,10 +73,22 @@ def find(inputs: list[str], suffixes: tuple[str, ...]) -> list[tuple[Path, str]]
                 raise UsageError(f"{path} has no {', '.join(suffixes)} in it")
             found += [(p, str(p.relative_to(path).with_suffix(""))) for p in inside]
         elif path.exists():
+            _refuse_swapped(path, suffixes)
             found.append((path, path.stem))
         else:
             raise UsageError(f"{path} is not there")
     return found
+
+
+def _refuse_swapped(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise UsageError for a video where latents are read, and the other way round."""
+    suffix = path.suffix.lower()
+    if suffixes == LATENT_SUFFIXES and suffix in VIDEO_SUFFIXES:
+        raise UsageError(
+            f"{path} looks like a video, and decode reads latents ({', '.join(LATENT_SUFFIXES)}): encode it first"
+        )
+    if suffixes == VIDEO_SUFFIXES and suffix in LATENT_SUFFIXES:
+        raise UsageError(f"{path} looks like latents, and a video is read here: decode them with latent2pixel decode")
 
 
 def _is_images(folder: Path) -> bool:

@@ -37,6 +37,9 @@ def prepare(options: Namespace) -> tuple[One, Exported]:
     metrics = _metrics(options) if options.command == "reconstruct" else []
     _check_numbers(options)
     model = load_model(options)
+    wanted = getattr(options, "reference", None)
+    if wanted not in (None, NONE) and not model.uses_reference:
+        raise UsageError(f"--reference {wanted}: {model.family} looks at no reference; leave it out")
     if options.command == "decode":
         return (lambda job: decode(job, model, options)), model
     try:
@@ -72,11 +75,11 @@ def _device(options: Namespace) -> str:
     if options.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise UsageError(f"--device {options.device}: cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {options.device}: there is no CUDA device")
+        torch.zeros(1, device=options.device).item()  # is it there, and can it hold numbers (meta cannot)
+    except (RuntimeError, AssertionError) as error:  # also NotImplementedError
+        known = options.device.partition(":")[0] in ("cpu", "cuda")
+        reason = "there is no such device here" if known else str(error).splitlines()[0][:80]
+        raise UsageError(f"--device {options.device}: {reason}; cpu, cuda or cuda:1") from None
     return options.device
 
 
@@ -321,8 +324,6 @@ def _reference(film: Film, model: Exported, options: Namespace) -> Tensor | None
     """What a decoder looks at while a video is reconstructed: by default its first frame."""
     wanted = "0" if options.reference is None else options.reference.strip("[]")
     numbers = [text.strip() for text in wanted.split(",")]
-    if options.reference not in (None, NONE) and not model.uses_reference:
-        raise ExportError(f"--reference {options.reference}: {model.family} looks at no reference; leave it out")
     if not model.uses_reference or wanted == NONE or not all(text.isdecimal() for text in numbers):
         return _image(model, options, "", (film.height, film.width))
     found = frames_at(film.frames(), [int(text) for text in numbers])
@@ -336,12 +337,8 @@ def _reference(film: Film, model: Exported, options: Namespace) -> Tensor | None
 def _image(model: Exported, options: Namespace, beside: str, size: tuple[int, int]) -> Tensor | None:
     """The reference image "1 3 1 h w" that is named, or lies beside the latents. Raises BadFile, ExportError."""
     path = beside if options.reference is None else options.reference
-    if path == NONE or not path:
+    if path == NONE or not path or not model.uses_reference:
         return None
-    if not model.uses_reference:
-        if options.reference is None:
-            return None
-        raise ExportError(f"--reference {path}: {model.family} looks at no reference; leave it out")
     if (fit := tell_fit(path, size)) != "":
         _tell(options, f"reference {path}{fit}")
     return coding.padded(load_reference(path, size)[None], model.size_multiple).to(model.device)
@@ -355,6 +352,8 @@ def _tell_padding(film: Film, model: Exported, options: Namespace) -> None:
             options,
             f"{film.path}: {film.height}x{film.width} is padded to {up[0]}x{up[1]}, multiples of {multiple}, and cut back when decoded",
         )
+    if film.pixel != 1:
+        _tell(options, f"{film.path}: its pixels are {film.pixel} as wide as high; those that are decoded are square")
     if film.seconds is not None:
         _tell(options, f"{film.path}: its frame rate varies; the time of every frame is kept (--fps makes it even)")
 

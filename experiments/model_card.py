@@ -307,7 +307,7 @@ def _space(facts: Facts) -> str:
         [
             "a clip",
             f"such as {t} frames in {space.latent_frames(t)} latent frames"
-            + ("; an image is one" if space.causal else ""),
+            + ("; an image is a clip of one frame" if space.causal else ""),
         ],
         ["sizes", f"multiples of {facts.model.size_multiple} pixels"],
         ["statistics", "in `config.json`" if space.mean else "none: what the encoder gives is normalised"],

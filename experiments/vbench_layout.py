@@ -16,6 +16,7 @@ from experiments.prompts import DIVERSITY, DIVERSITY_SAMPLES, chosen, read_info,
 from experiments.vbench_suites import LONGEST_FILE_NAME, SUITES, Suite
 
 LAYOUT, INFO, PROMPT_FILE, IMAGES = "layout.json", "info.json", "prompts.json", "images"
+KEYS = {"suite", "mode", "partial", "labels", "dimensions", "num_prompts", "suite_prompts", "prompts"}  # of layout.json
 
 
 @dataclass
@@ -223,11 +224,14 @@ def read_layout(folder: str) -> dict[str, Any]:
     """``layout.json``. Raises ConfigError: there is none."""
     path = Path(folder).expanduser() / LAYOUT
     try:
-        return json.loads(path.read_text())
+        about = json.loads(path.read_text())
+        if not isinstance(about, dict) or (missing := sorted(KEYS - about.keys())):
+            raise ValueError(f"no {missing[0]} in it" if isinstance(about, dict) else "no layout")
+        return about
     except FileNotFoundError:
         raise ConfigError(f"{path} is not there; make vbench do=layout in=DECODED out={folder} makes it") from None
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(f"{path} cannot be read ({error}): make vbench do=layout again") from None
 
 
 def _write(path: Path, content: Any) -> None:

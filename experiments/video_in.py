@@ -3,8 +3,10 @@
 A video whose frame rate varies (phones, screen recordings) keeps the time of every frame: what is made of it is shown at the
 same times. Without the trainer's libraries."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
@@ -30,7 +32,7 @@ class Film:
     """A video that can be read: size in pixels as displayed, number of frames, and when they are shown.
 
     ``seconds`` are counted from the first frame; None: evenly spaced, ``fps`` to a second. ``images``: a folder's, in order of
-    their names.
+    their names, numbers in them as numbers: 2.png before 10.png.
     """
 
     path: str
@@ -40,6 +42,7 @@ class Film:
     fps: float
     seconds: list[float] | None = None
     images: tuple[str, ...] = ()
+    pixel: Fraction = Fraction(1)  # a pixel's width over its height, as the file says
 
     def frames(self) -> Iterator[np.ndarray]:
         """All frames, uint8 [h, w, 3], upright. Raises BadFile, perhaps after some frames."""
@@ -74,7 +77,7 @@ def open_film(path: str | Path, fps: float | None = None) -> Film:
     info = inspect_video(str(path))
     times = shown_times(str(path))
     seconds = None if fps or even(times) else times.tolist()
-    return Film(str(path), info.height, info.width, len(times), fps or info.fps, seconds)
+    return Film(str(path), info.height, info.width, len(times), fps or info.fps, seconds, pixel=_pixel(str(path)))
 
 
 def shown_times(path: str) -> np.ndarray:
@@ -89,6 +92,11 @@ def shown_times(path: str) -> np.ndarray:
     return times - times[0]
 
 
+def _pixel(path: str) -> Fraction:
+    with av.open(path) as container:
+        return container.streams.best("video").sample_aspect_ratio or Fraction(1)
+
+
 def even(times: np.ndarray) -> bool:
     """Whether frames at these times have one rate, as far as containers' rounding lets one see."""
     if len(times) < 3:
@@ -98,13 +106,21 @@ def even(times: np.ndarray) -> bool:
 
 
 def _open_images(folder: Path, fps: float | None) -> Film:
-    images = tuple(str(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = [
+        path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    ]
+    images = tuple(str(path) for path in sorted(found, key=_by_number))
     if not images:
         raise BadFile("a folder without images")
     if not fps:
         raise BadFile("a folder of images has no frame rate: give one, such as --fps 24")
     first = inspect_image(images[0])
     return Film(str(folder), first.height, first.width, len(images), fps, images=images)
+
+
+def _by_number(path: Path) -> tuple[list[tuple[int, str]], str]:
+    parts = re.findall(r"[0-9]+|[^0-9]+", path.name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], path.name
 
 
 def pieces(frames: Iterable[np.ndarray], chunk: int) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -355,3 +356,38 @@ def test_an_autoencoder_whose_encoder_is_not_taken_apart(tmp_path, capsys):
     capsys.readouterr()
     assert run("reconstruct", folder, source, "-o", tmp_path / "r.mp4") == 0
     assert "coded in chunks of 17 frames" in capsys.readouterr().err and len(frames_of(tmp_path / "r.mp4")) == 20
+
+
+def test_info_says_which_lengths_there_are_and_no_control_codes(tmp_path, capsys):
+    export("regen_debug", tmp_path / "regen", note="\x1b[31mred", scores=[{"metric": "psnr", "mean": 20.123456}])
+    assert run("info", tmp_path / "regen") == 0
+    said = capsys.readouterr().out
+    assert "videos: 1, 5, 10, 15, 20, ... frames" in said, "whole chunks, and an image"
+    assert "metric psnr, mean 20.12" in said and "\x1b" not in said
+
+
+def test_images_are_read_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 9, 2, 1):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"f{number}.png")
+    (tmp_path / ".hidden.png").touch()
+    from experiments.video_in import open_film
+
+    assert [int(frame[0, 0, 0]) for frame in open_film(tmp_path, 8).frames()] == [1, 2, 9, 10]
+
+
+def test_grey_images_of_sixteen_bits_keep_their_range(tmp_path):
+    from datamodules.stills import load_image
+
+    Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert load_image(str(tmp_path / "deep.png"))[0, 0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_pixels_that_are_not_square_are_told(exports, tmp_path, capsys):
+    with av.open(str(tmp_path / "wide.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(16, 11)
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")))
+        out.mux(stream.encode())
+    assert run("encode", exports["own"], tmp_path / "wide.mp4", "-o", tmp_path / "x.safetensors") == 0
+    assert "its pixels are 16/11 as wide as high" in capsys.readouterr().err

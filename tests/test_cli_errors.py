@@ -1,5 +1,7 @@
 """`latent2pixel` and bad input: one line that says what to do, the right exit status, and nothing half written."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -177,7 +179,7 @@ def test_references(folder, tmp_path, capsys):
         given = ("reconstruct", folder / model, folder / "a.mp4", "-o", tmp_path / "x.mp4", "--reference", reference)
         return refused(capsys, folder, status, *given)
 
-    assert "looks at no reference" in reconstruct("model", 1, "0")
+    assert "looks at no reference" in reconstruct("model", 2, "0")
     assert "0 to 8, and --reference asks for number 9" in reconstruct("ref", 1, "0,9")
     assert "cannot be opened" in reconstruct("ref", 1, tmp_path / "none.png")
 
@@ -198,3 +200,75 @@ def test_an_encode_that_is_stopped_leaves_nothing(folder, tmp_path, capsys, monk
         monkeypatch.setattr(cli_coding, "clip_of", stopped)
         assert run(command, folder / "model", folder / "a.mp4", "-o", tmp_path / out) == 130
         assert "interrupted" in capsys.readouterr().err and not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"fps": "inf"}, "fps is inf, outside of 0.001 to 1000"),
+        ({"fps": "-3"}, "fps is -3, outside"),
+        ({"height": "-5"}, "height is -5, outside"),
+        ({"seed": str(10**30)}, "seed is 1000"),
+        ({"normalised": "maybe"}, "normalised is 'maybe', and must be true or false"),
+        ({"frames": "9", "seconds": str([number * 1e300 for number in range(9)])}, "are not 9 ascending times"),
+        ({"frames": "9", "seconds": str(list(range(-5, 4)))}, "the first 0 or later"),
+        ({"frames": "9", "seconds": str([0] * 9)}, "are not 9 ascending times"),
+    ],
+)
+def test_hostile_metadata_of_latents(folder, tmp_path, capsys, metadata, said):
+    path = tmp_path / "x.safetensors"
+    save_file({"latent": torch.randn(4, 3, 4, 6)}, path, {"fps": "8"} | metadata)
+    assert said in refused(capsys, folder, 1, "decode", folder / "model", path, "-o", tmp_path / "out" / "x.mp4")
+
+
+class Code:
+    """Would make a folder if it were loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_latents_that_hold_code_are_not_loaded(folder, tmp_path, capsys):
+    path = tmp_path / "x.pt"
+    torch.save({"latents": Code(tmp_path / "ran")}, path)
+    line = refused(capsys, folder, 1, "decode", folder / "model", path, "-o", tmp_path / "out" / "x.mp4", "--fps", 8)
+    assert "may run code" in line and "weights_only" not in line and not (tmp_path / "ran").exists()
+
+
+def test_inputs_of_the_other_command_and_outputs_that_lead_nowhere(folder, tmp_path, capsys, monkeypatch):
+    def said(*arguments: object) -> str:
+        return refused(capsys, folder, 2, *arguments)
+
+    model, film, latents = folder / "model", folder / "a.mp4", folder / "a.safetensors"
+    assert "looks like a video" in said("decode", model, film, "-o", tmp_path / "x.mp4")
+    assert "looks like latents" in said("encode", model, latents, "-o", tmp_path / "x.safetensors")
+    assert "looks like latents" in said("reconstruct", model, latents, "-o", tmp_path / "x.mp4")
+    assert "--device meta" in said("reconstruct", model, film, "-o", tmp_path / "x.mp4", "--device", "meta")
+    scored = ("reconstruct", model, film, "-o", tmp_path / "x.mp4", "--json")
+    assert "is a folder" in said(*scored, tmp_path)
+    assert "is a file, not a folder" in said(*scored, film / "scores.json")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "not for a terminal" in said("decode", model, latents, "-o", "-")
+
+
+def test_scores_that_cannot_be_written_are_one_line(folder, tmp_path, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    given = ("reconstruct", folder / "model", folder / "a.mp4", "-o", tmp_path / "x.mp4", "--json", tmp_path / "s.json")
+    assert run(*given) == 1
+    assert "No space left" in capsys.readouterr().err and files(tmp_path) == {"x.mp4"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_leaves_nothing(folder, tmp_path, capsys, monkeypatch, number):
+    from experiments import cli_work
+
+    monkeypatch.setattr(cli_work, "_use_up", lambda _: os.kill(os.getpid(), number))  # at the last moment
+    given = ("reconstruct", folder / "model", folder / "a.mp4", "-o", tmp_path / "frames", "--format", "png")
+    assert run(*given) == 128 + number and "interrupted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()) and signal.getsignal(number) is signal.SIG_DFL

@@ -36,6 +36,9 @@ CONFIGS = {
     "channels": (lambda c: c["space"].update(channels=5, mean=None, std=None), "network.embed.weight is"),
     "statistics": (lambda c: c["space"].update(mean=[0.0]), "space.mean has 1 numbers for 4 channels"),
     "no spread": (lambda c: c["space"].update(std=[1.0, 0.0, 1.0, 1.0]), "must be above 0"),
+    "a chunk of nothing": (lambda c: c["space"].update(chunk=0), "a chunk of 0 frames"),
+    "pairs without chunks": (lambda c: c["space"].update(paired=True), "space.chunk is missing"),
+    "another chunk than its pairs": (lambda c: c["space"].update(paired=True, chunk=-1), "space.chunk is -1"),
     "no stride": (lambda c: c["space"].update(stride_t=0), "stride_t is 0"),
     "sampling": (lambda c: c["sampling"].update(steps=0), "sampling.steps is unknown"),
     "pad": (lambda c: c["sampling"].update(pad="zeros"), "sampling.pad is 'zeros'"),
@@ -157,3 +160,14 @@ def test_a_space_of_ones_own_keeps_its_statistics_and_no_path() -> None:
 
 def test_losses_and_spaces_clamp_log_variances_alike() -> None:
     assert kl.LOG_VARIANCE_RANGE == LOG_VARIANCE_RANGE
+
+
+def test_a_device_that_is_not_there_is_not_the_weights_fault(good: Path) -> None:
+    with pytest.raises(ExportError, match="device cuda:63 is not to be had here"):
+        decoders.load(good, device="cuda:63")
+
+
+def test_a_file_that_holds_no_weights_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "film.mp4").write_bytes(b"no weights" * 100)
+    with pytest.raises(ExportError, match="film.mp4 is no file of weights"):
+        decoders.load(tmp_path / "film.mp4")

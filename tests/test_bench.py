@@ -156,6 +156,7 @@ def job(experiment: str = "flashdecoder_debug", **changes) -> Job:
     return Job(experiment, (experiment, ()), None, **(plain | changes))
 
 
+@pytest.mark.slow
 def test_a_decoder_streams_the_clip_it_was_prepared_for():
     worker = Bench(job())
     about = worker.description()

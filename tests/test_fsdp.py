@@ -145,6 +145,7 @@ def runs(tmp_path_factory):
     return folder, launch(folder, 2, *jobs)
 
 
+@pytest.mark.slow
 def test_ten_steps_are_those_of_ddp_and_either_goes_on_from_the_other(runs) -> None:
     _, found = runs
     for rank in range(2):
@@ -156,6 +157,7 @@ def test_ten_steps_are_those_of_ddp_and_either_goes_on_from_the_other(runs) -> N
                 assert right == pytest.approx(left, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_every_process_has_a_part_of_weights_moments_and_average(runs) -> None:
     _, found = runs
     for one in (found[1], found[2], found[5]):
@@ -173,6 +175,7 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], whe
         torch.testing.assert_close(found[name], value, atol=2e-3 if noise else 1e-4, rtol=1e-3, msg=f"{where} {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), [("a", "b"), ("c", "d")])
 def test_checkpoints_are_whole_and_the_same(runs, one: str, other: str) -> None:
     """``a`` and ``d`` were written by FSDP2, ``b`` and ``c`` by DDP."""
@@ -197,6 +200,7 @@ def test_checkpoints_are_whole_and_the_same(runs, one: str, other: str) -> None:
         close(files[0], files[1], name)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_a_sharded_checkpoint(runs, monkeypatch) -> None:
     folder, _ = runs
     saved = torch.load(next(folder.glob("one/*/last.ckpt")), weights_only=True)
@@ -220,6 +224,7 @@ def test_one_process_goes_on_from_a_sharded_checkpoint(runs, monkeypatch) -> Non
     torch.testing.assert_close(seen["moments"], moments, atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_accumulated_steps_of_two_processes_are_those_of_one_with_four_times_the_batch(runs, monkeypatch) -> None:
     folder, found = runs
     monkeypatch.setenv("RUNS_ROOT", str(folder / "whole"))

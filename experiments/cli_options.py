@@ -100,8 +100,8 @@ def _pixels(p: argparse.ArgumentParser) -> None:
         "--codec",
         choices=tuple(CODECS),
         default="h264",
-        help="h264 and h265: yuv420p in .mp4, .mkv or .mov (yuv444p for odd sizes); ffv1: lossless RGB in .mkv; prores: 4:2:2 "
-        "10 bits in .mov. Default h264",
+        help="h264 and h265: yuv420p in .mp4, .mkv or .mov (yuv444p for odd sizes); ffv1: lossless RGB in .mkv. "
+        "Default h264",
     )
     group.add_argument("--crf", type=int, help="quality of h264 and h265, 0 (lossless) to 51; default 15")
     group.add_argument("--fps", type=float, help="frames per second; default: the input's, with varying times kept")

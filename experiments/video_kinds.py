@@ -25,7 +25,8 @@ CODECS = {
     # Narrower than 64 pixels the x265 that PyAV 18.1 brings writes past its memory and the process is aborted (measured).
     "h265": Codec("libx265", "yuv420p", "yuv444p", (".mp4", ".mkv", ".mov"), 15, narrowest=64),
     "ffv1": Codec("ffv1", "bgr0", "bgr0", (".mkv",), None),  # lossless, RGB
-    "prores": Codec("prores_ks", "yuv422p10le", "yuv444p10le", (".mov", ".mkv"), None),
+    # No codec of 10 bits (ProRes): FFmpeg's conversion to them, as PyAV 18.1 brings it, is wrong for some rows of some frames whose
+    # width is no multiple of 32 (measured; LOG.md).
 }
 SUFFIXES = tuple(dict.fromkeys(suffix for codec in CODECS.values() for suffix in codec.suffixes))
 

@@ -29,9 +29,15 @@ def pytest_configure() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``debug_name``: the test runs once for every experiments/<family>_debug.yaml, so a new family is tested at once."""
+    """``debug_name``: the test runs once for every experiments/<family>_debug.yaml, so a new family is tested at once;
+    ``costly_name``: the same, in the slow tier but for two."""
+    names = sorted(path.stem for path in ROOT.glob("experiments/[!_]*_debug.yaml"))
     if "debug_name" in metafunc.fixturenames:
-        metafunc.parametrize("debug_name", sorted(path.stem for path in ROOT.glob("experiments/[!_]*_debug.yaml")))
+        metafunc.parametrize("debug_name", names)
+    if "costly_name" in metafunc.fixturenames:
+        quick = ("flashdecoder_debug", "regen_debug")
+        marked = [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+        metafunc.parametrize("costly_name", marked)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -200,6 +200,7 @@ def test_a_run_beside_a_peer_prints_a_table_and_writes_json(tmp_path: Path, caps
     assert report(result) in printed
 
 
+@pytest.mark.slow
 def test_an_optimised_decoder_stands_beside_its_plain_form(tmp_path: Path, capsys: pytest.CaptureFixture):
     choices = ["optimise=true", "uint8=true", "bits8=mlp", "peers=[]", "sizes=[[32,32]]", "num_frames=5", "repeats=1"]
     main(["flashdecoder_debug", *(f"bench.{choice}" for choice in [*choices, f"results={tmp_path}"])])
@@ -216,6 +217,7 @@ def test_an_optimised_decoder_stands_beside_its_plain_form(tmp_path: Path, capsy
     assert f"{ours} / {plain}: " in printed and result["options"]["bits8"] == "mlp"
 
 
+@pytest.mark.slow
 def test_a_form_that_a_family_does_not_have_is_one_line():
     with pytest.raises(ConfigError, match="bench.optimise=true: .*bits8") as error:
         bench("flash_vaed_debug", (), options(["bench.optimise=true", "bench.peers=[]", "bench.bits8=mlp"]))

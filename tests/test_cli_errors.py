@@ -268,7 +268,7 @@ def test_scores_that_cannot_be_written_are_one_line(folder, tmp_path, capsys, mo
 def test_a_command_that_is_told_to_end_leaves_nothing(folder, tmp_path, capsys, monkeypatch, number):
     from experiments import cli_work
 
-    monkeypatch.setattr(cli_work, "_use_up", lambda _: os.kill(os.getpid(), number))  # at the last moment
+    monkeypatch.setattr(cli_work, "_use_up", lambda _: signal.raise_signal(number))  # at the last moment
     given = ("reconstruct", folder / "model", folder / "a.mp4", "-o", tmp_path / "frames", "--format", "png")
     assert run(*given) == 128 + number and "interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()) and signal.getsignal(number) is signal.SIG_DFL

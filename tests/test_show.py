@@ -84,7 +84,7 @@ def test_memory_is_counted():
     assert saved["large"] + gradients / 2 < peak < 3 * (saved["large"] + gradients)
 
 
-def test_what_automatic_checkpointing_would_do_is_told(capsys):
+def test_what_automatic_checkpointing_would_do_is_told(runs_root, capsys):
     def told(*overrides: str) -> str:
         assert show.main(["flashdecoder_debug", *overrides]) == 0
         return capsys.readouterr().out
@@ -96,6 +96,7 @@ def test_what_automatic_checkpointing_would_do_is_told(capsys):
     assert re.search(r"video .* kept", told("trainer.checkpointing=auto", "trainer.memory_gib=100"))
 
 
+@pytest.mark.slow
 def test_references_are_counted():
     """What a step looks at is held too: two references cost more than one, and one more than none."""
     sizes = []

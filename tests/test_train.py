@@ -62,18 +62,18 @@ def scalars(folder: Path, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
-def test_n_plus_m_steps_equal_n_then_m(debug_name: str, tmp_path: Path, monkeypatch) -> None:
+def test_n_plus_m_steps_equal_n_then_m(costly_name: str, tmp_path: Path, monkeypatch) -> None:
     """Weights, optimiser, EMA, data position and randomness: to the last bit, at a step where nothing was due."""
-    stop = terminate if debug_name == "flashdecoder_debug" else press_ctrl_c  # what a signal does is no family's own
+    stop = terminate if costly_name == "flashdecoder_debug" else press_ctrl_c  # what a signal does is no family's own
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "whole"))
-    whole = run(debug_name)
+    whole = run(costly_name)
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "parts"))
     with pytest.raises(SystemExit):
-        run(debug_name, callbacks=[At(5, stop)])
+        run(costly_name, callbacks=[At(5, stop)])
     part = tmp_path / "parts" / whole.name
     assert not (part / "done.json").exists()
     assert torch.load(part / LAST, weights_only=True)["global_step"] == 5
-    run(debug_name)
+    run(costly_name)
     a, b = (torch.load(folder / LAST, weights_only=True) for folder in (whole, part))
     assert a["global_step"] == b["global_step"] == 16
     assert a["seen"] == b["seen"]

@@ -7,12 +7,13 @@
 """
 
 import contextlib
+import csv
 import errno
 import glob
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         if (better := explained(error, path)) is error:
             raise
         raise better from error
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as CSV with a line of names, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
 
 
 class StreamedCheckpointIO(TorchCheckpointIO):

@@ -76,7 +76,7 @@ def _device(options: Namespace) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=options.device).item()  # is it there, and can it hold numbers (meta cannot)
-    except (RuntimeError, AssertionError) as error:  # also NotImplementedError
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         known = options.device.partition(":")[0] in ("cpu", "cuda")
         reason = "there is no such device here" if known else str(error).splitlines()[0][:80]
         raise UsageError(f"--device {options.device}: {reason}; cpu, cuda or cuda:1") from None

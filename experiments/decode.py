@@ -38,7 +38,7 @@ from datamodules.stills import load_reference, tell_fit
 from decoders.base import VideoDecoder, key_seed
 from experiments import weights as weights_of
 from experiments.callbacks import to_uint8
-from experiments.checkpoints import DiskFull, write_atomically
+from experiments.checkpoints import DiskFull, write_atomically, write_table
 from experiments.compose import ConfigError, parse_overrides, run_cli
 from experiments.config import load, require_paths
 from experiments.runs import run_name
@@ -310,15 +310,9 @@ def _write_report(path: Path, outcomes: list[Outcome], before: dict[str, Outcome
     """This command's outcomes, then those of other videos ``before``."""
     now = {os.path.abspath(outcome.video): outcome for outcome in outcomes}
     names = {"latent": column}
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            rows = csv.DictWriter(file, fieldnames=[names.get(field.name, field.name) for field in fields(Outcome)])
-            rows.writeheader()
-            for outcome in (now | {path: made for path, made in before.items() if path not in now}).values():
-                rows.writerow({names.get(key, key): value for key, value in asdict(outcome).items()})
-
-    write_atomically(path, write)
+    columns = [names.get(field.name, field.name) for field in fields(Outcome)]
+    every = (now | {path: made for path, made in before.items() if path not in now}).values()
+    write_table(path, columns, [{names.get(key, key): value for key, value in asdict(one).items()} for one in every])
 
 
 def main(arguments: list[str]) -> int:

@@ -42,7 +42,7 @@ from decoders.seeds import key_seed
 from experiments.bench import device_name, find_device
 from experiments.bench_all import read_options
 from experiments.callbacks import to_uint8
-from experiments.checkpoints import DiskFull, write_atomically
+from experiments.checkpoints import DiskFull, write_atomically, write_table
 from experiments.compose import ConfigError, run_cli
 from experiments.decoder_choice import Chosen, open_decoder, parse
 from experiments.measured import markdown, require_folder
@@ -326,14 +326,7 @@ def read_table(out: Path) -> tuple[list[str], list[dict[str, str]]]:
 def _write_table(out: Path, rows: Mapping[str, dict[str, Any]], labels: Sequence[str]) -> None:
     columns = ["name", "prompt", "index", "seed", "frames", "height", "width", "fps", "latent", "reference"]
     columns += [f"{kind}:{label}" for kind in (FIRST_FRAME, AGAINST) for label in labels]
-
-    def write(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows.values())
-
-    write_atomically(out / TABLE, write)
+    write_table(out / TABLE, columns, rows.values())
 
 
 # ---- what it comes to

@@ -43,7 +43,7 @@ from datamodules.probe import BadFile
 from experiments import pipeline_folder
 from experiments.bench import device_name, find_device
 from experiments.bench_all import read_options
-from experiments.checkpoints import DiskFull, write_atomically
+from experiments.checkpoints import DiskFull, write_atomically, write_table
 from experiments.compose import ConfigError, run_cli
 from experiments.measured import require_folder
 from experiments.pipeline_folder import PipelineFolder
@@ -307,14 +307,7 @@ def _write_list(out: Path, clips: Sequence[Clip]) -> None:
                 "seed": clip.seed,
                 "negative_prompt": clip.prompt.negative,
             }
-
-    def write(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows.values())
-
-    write_atomically(out / LIST, write)
+    write_table(out / LIST, COLUMNS, rows.values())
 
 
 def main(arguments: list[str]) -> int:

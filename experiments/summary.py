@@ -4,12 +4,11 @@
 index, ``result.json`` the means, ``table.md`` the same to read. A score that a clip does not have is an empty cell.
 """
 
-import csv
 import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lightning import Trainer
 from decoders.base import DECODER, PER_FRAME, Row, VideoDecoder
 from decoders.scoring import BROKEN, FEATURES, SCORED, mean_score, number, set_score
 from experiments import categories, distance
-from experiments.checkpoints import write_atomically
+from experiments.checkpoints import write_atomically, write_table
 from experiments.comparison import films
 from experiments.measured import markdown
 from metrics.base import SetMetric
@@ -207,25 +206,18 @@ def by_frame(rows: Sequence[Row], metrics: Iterable[str]) -> list[dict[str, Any]
 def write(folder: Path, rows: list[Row], result: dict[str, Any], metrics: Iterable[str]) -> None:
     """All files of an evaluation."""
 
-    def written(lines: list[dict[str, Any]]) -> Callable[[Path], None]:
-        def write(path: Path) -> None:
-            names = list(dict.fromkeys(name for line in lines for name in line))
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=names)
-                writer.writeheader()
-                writer.writerows(lines)
-
-        return write
+    def listed(name: str, lines: list[dict[str, Any]]) -> None:
+        write_table(folder / name, list(dict.fromkeys(column for line in lines for column in line)), lines)
 
     inner = (PER_FRAME, FEATURES, BROKEN, SCORED)
-    write_atomically(folder / CLIPS, written([{k: v for k, v in row.items() if k not in inner} for row in rows]))
+    listed(CLIPS, [{k: v for k, v in row.items() if k not in inner} for row in rows])
     frames = [
         {k: row[k] for k in ("stream", "key", "method")} | {"frame": t} | {k: v[t] for k, v in row[PER_FRAME].items()}
         for row in rows
         for t in range(row["frames"])
     ]
-    write_atomically(folder / FRAMES, written(frames))
-    write_atomically(folder / BY_FRAME, written(by_frame(rows, metrics)))
+    listed(FRAMES, frames)
+    listed(BY_FRAME, by_frame(rows, metrics))
     text = json.dumps(result, indent=2, allow_nan=False)
     write_atomically(folder / RESULT, lambda path: path.write_text(text))
     write_atomically(folder / TABLE, lambda path: path.write_text(table(result)))

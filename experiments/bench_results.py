@@ -155,7 +155,7 @@ def report(result: dict[str, Any]) -> str:
         f"{result['device']}{threads}; {versions}; {result['date']}; random weights, batch 1, {result['dtype']}, products in "
         f"{result['arithmetic']}; `{result['command']}`",
         "",
-        f"Measured rates, TFLOP/s: matrix products {rates['products'] / 1e12:.4g}, attention with heads of 64 "
+        f"Measured rates, TFLOP/s: matrix products {rates['products'] / 1e12:.4g} ({rates['how']['products']}), attention with heads of 64 "
         f"{rates['attention'] / 1e12:.4g} ({rates['how']['attention']}), 8-bit products {eight} ({rates['how']['eight_bits']}). "
         "The ceiling of a row is its products at their rate plus its attention at its rate. x anchor: frames/s over those of "
         "the group's first row. Error: root mean square against float32 on the same weights and latents at a small size, in "

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from decoders.flashdecoder import attention, rope
 from decoders.flashdecoder.blocks import HEAD_DIM
-from decoders.flashdecoder.fast_blocks import FastBlock, FastHead, SharedLinear, Tables, gain_of, product
+from decoders.flashdecoder.fast_blocks import FastBlock, FastHead, Tables, gain_of, shared
 from decoders.flashdecoder.stack import Grid
+from decoders.layers import products
 from decoders.layers.deployed import at_rest, check_latent, compiled
 
 SIZES_KEPT = 8  # (batch, size) pairs whose tables and graphs are kept, the least recently used goes first
@@ -65,7 +66,7 @@ class FastStream:
 
 def _embed(linear: nn.Module, latent: Tensor, unshuffle: int) -> tuple[Tensor, Tensor]:
     u = unshuffle
-    x = product(linear, rearrange(latent, "b c (y p) (x q) -> b (y x) (c p q)", p=u, q=u))
+    x = products.linear(linear, rearrange(latent, "b c (y p) (x q) -> b (y x) (c p q)", p=u, q=u))
     return x, torch.zeros_like(x)
 
 
@@ -74,7 +75,7 @@ def _block(block, x, branch, cache, past, tables, last, kernel):
 
 
 def _expand(linear: nn.Module, gain: Tensor, x: Tensor, branch: Tensor, times: int) -> tuple[Tensor, Tensor]:
-    x = rearrange(product(linear, x + branch, gain), "b s (k d) -> b (k s) d", k=times)
+    x = rearrange(products.linear(linear, x + branch, gain), "b s (k d) -> b (k s) d", k=times)
     return x, torch.zeros_like(x)
 
 
@@ -128,24 +129,23 @@ class FastFlashDecoder(nn.Module):
         self.channels, self.stride_t, self.stride_hw, self.patch = (
             model.channels, model.stride_t, model.stride_hw, model.patch
         )  # fmt: skip
-        self.embed, self.expand = SharedLinear(model.embed), SharedLinear(model.expand)
+        self.embed, self.expand = shared(model.embed), shared(model.expand)
         self.backbone = nn.ModuleList(FastBlock(block) for block in model.backbone.blocks)
         self.expand_gain = gain_of(model.backbone_norm)
         self.refinement = nn.ModuleList(FastBlock(block) for block in model.refinement.blocks)
         self.head = FastHead(model.head, uint8)
         self.kernel, self.uint8 = kernel, uint8
         self.kernels: attention.Choices = {}  # which attention each shape got
-        self.prepare(compiles, graphs, native=False)
+        self.prepare(compiles, graphs, kernels=False)
         self.eval()
 
-    def prepare(self, compiles: bool, graphs: bool, native: bool = True) -> None:
+    def prepare(self, compiles: bool, graphs: bool, kernels: bool = True) -> None:
         """Steps from now on are compiled, or captured (CUDA only), or both; calibration comes before.
 
-        ``native``: products run in our own kernels where these run, else each layer is called, as calibration wants.
+        ``kernels``: products run in those of decoders/layers/products.py that can, else layer by layer, which calibration
+        watches.
         """
-        for module in self.modules():
-            if isinstance(module, SharedLinear):
-                module.set_native(native)
+        products.prefer(self, kernels)
         self.compiles = compiles
         self.graphed = graphs and self.device.type == "cuda"
         self._sizes: OrderedDict[tuple[int, Grid], Size] = OrderedDict()

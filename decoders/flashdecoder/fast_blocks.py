@@ -25,33 +25,11 @@ class Tables(NamedTuple):
     key: rope.Table
 
 
-class SharedLinear(nn.Linear):
-    """A linear layer over another's weights, which may be replaced by an 8-bit one.
-
-    ``native``: its products run in our own kernels (:mod:`decoders.layers.products`), together with what is beside them.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
-        self.native = False
-
-    def set_native(self, wanted: bool) -> None:
-        self.native = wanted and not products.refused(self.weight)
-
-
-def is_native(*layers: nn.Module) -> bool:
-    return all(isinstance(layer, SharedLinear) and layer.native for layer in layers)
-
-
-def product(
-    layer: nn.Module, x: Tensor, gain: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """``residual + layer(normalise(x, gain))``, each of both only where it is given."""
-    if is_native(layer):
-        return products.linear(x, gain, layer.weight, residual)
-    y = layer(x if gain is None else normalise(x, gain))
-    return y if residual is None else residual + y
+def shared(linear: nn.Linear) -> nn.Linear:
+    """The same weights in a layer of its own, which may be replaced by an 8-bit one."""
+    twin = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    twin.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+    return twin
 
 
 def gain_of(norm: nn.Module) -> nn.Parameter | None:
@@ -84,8 +62,8 @@ class FastBlock(nn.Module):
         super().__init__()
         source = block.attention
         self.splits = source.splits
-        self.qkv, self.out = SharedLinear(source.qkv), SharedLinear(source.out)
-        self.gate_up, self.down = SharedLinear(block.gate_up), SharedLinear(block.down)
+        self.qkv, self.out = shared(source.qkv), shared(source.out)
+        self.gate_up, self.down = shared(block.gate_up), shared(block.down)
         self.attention_gain, self.mlp_gain = gain_of(block.attention_norm), gain_of(block.mlp_norm)
         self.q_gain, self.k_gain, self.v_gain = (
             gain_of(norm) for norm in (source.q_norm, source.k_norm, source.v_norm)
@@ -94,13 +72,7 @@ class FastBlock(nn.Module):
         self.observe: Callable[[Tensor, Tensor, Tensor], None] | None = None  # sees queries, keys and values
 
     def mlp(self, x: Tensor) -> Tensor:
-        if is_native(self.gate_up, self.down):
-            return products.mlp(x, self.mlp_gain, self.gate_up.weight, self.down.weight, True)
-        return in_pieces(self._mlp, x)
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = product(self.gate_up, x, self.mlp_gain).chunk(2, dim=-1)
-        return product(self.down, F.silu(gate) * up)
+        return products.mlp(self.gate_up, self.down, x, self.mlp_gain)
 
     def forward(
         self, x: Tensor, branch: Tensor, cache: tuple[Tensor, Tensor], past: int, tables: Tables, last: int, kernel: str
@@ -117,7 +89,7 @@ class FastBlock(nn.Module):
             x and branch of the next block.
         """
         x = x + branch
-        parts = product(self.qkv, x, self.attention_gain).split(self.splits, dim=-1)
+        parts = products.linear(self.qkv, x, self.attention_gain).split(self.splits, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, HEAD_DIM)) for part in parts)
         keys, values = normalise(k, self.k_gain), normalise(v, self.v_gain)
         if past:
@@ -133,8 +105,8 @@ class FastBlock(nn.Module):
         if self.observe is not None:
             self.observe(q, keys, values)
         mixed = attention.attend(kernel, q, keys, values, self.attention_scales)
-        x = product(self.out, mixed.flatten(2), residual=x)
-        return x, self.mlp(x)
+        x = products.linear(self.out, mixed.flatten(2), residual=x)
+        return x, in_pieces(self.mlp, x)
 
 
 class FastHead(nn.Module):
@@ -144,22 +116,18 @@ class FastHead(nn.Module):
         super().__init__()
         self.patch, self.uint8 = head.patch, uint8
         self.gain = gain_of(head.norm)
-        self.up = SharedLinear(head.up) if head.up is not None else None
-        self.down = SharedLinear(head.down) if head.down is not None else None
-        self.pixels = SharedLinear(head.pixels)
+        self.up = shared(head.up) if head.up is not None else None
+        self.down = shared(head.down) if head.down is not None else None
+        self.pixels = shared(head.pixels)
         if uint8:  # rows in the order of the bytes of a pixel row, so that these are written in one run
             weight = rearrange(head.pixels.weight.detach(), "(c p) d -> (p c) d", c=3).contiguous()
             self.pixels.weight = nn.Parameter(weight, requires_grad=False)
 
     def tokens(self, x: Tensor) -> Tensor:
-        if self.up is None:
-            x = product(self.pixels, x, self.gain)
-        else:
-            if is_native(self.up, self.down):
-                x = products.mlp(x, self.gain, self.up.weight, self.down.weight, False)
-            else:
-                x = product(self.down, F.silu(product(self.up, x, self.gain)))
-            x = product(self.pixels, x)
+        gain = self.gain
+        if self.up is not None:
+            x, gain = products.mlp(self.up, self.down, x, gain, "silu"), None
+        x = products.linear(self.pixels, x, gain)
         if self.uint8:
             x = to_uint8(x)
         return x

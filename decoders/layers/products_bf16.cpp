@@ -47,9 +47,9 @@ inline __m512i paired(__m512 first, __m512 second) {
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// x / (1 + e^-x), e^-x with a relative error of 2e-7
-inline __m512 silu(__m512 x) {
-  __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504089f));
+// x / (1 + e^-y), e^-y with a relative error of 2e-7
+inline __m512 gated_by(__m512 x, __m512 y) {
+  __m512 power = _mm512_mul_ps(y, _mm512_set1_ps(-1.44269504089f));
   power = _mm512_min_ps(_mm512_max_ps(power, _mm512_set1_ps(-126.0f)), _mm512_set1_ps(126.0f));
   const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(power, whole);
@@ -60,6 +60,14 @@ inline __m512 silu(__m512 x) {
   p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(6.93147181e-1f));
   p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.0f));
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p, whole)));
+}
+
+enum Activation { SWIGLU, SILU, GELU };  // GELU by its tanh: x (1 + tanh(y / 2)) / 2 = x / (1 + e^-y)
+
+inline __m512 activated(__m512 x, int kind) {
+  if (kind != GELU) return gated_by(x, x);
+  const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
+  return gated_by(x, _mm512_mul_ps(_mm512_mul_ps(x, cubic), _mm512_set1_ps(1.59576912161f)));
 }
 
 // 16 rows of 16 to 16 columns
@@ -122,15 +130,16 @@ void lay_out(const bf16* x, int64_t stride, int64_t begin, int64_t count, int64_
   }
 }
 
-// sums "R tokens" (+)= `pairs` pairs of R rows of weights times a tile; `next`: rows to fetch meanwhile, or null.
+// sums "R tokens" = bias, or where it is null what they were, plus `pairs` pairs of R rows of weights times a tile; `next`: rows
+// to fetch meanwhile, or null.
 template <int R, int V>
 void multiply(const pair* tile, const pair* weight, int64_t stride, int64_t pairs, const pair* next, float* sums,
-              int64_t sums_stride, bool add) {
+              int64_t sums_stride, const float* bias) {
   __m512 sum[R][V];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = add ? load(sums + r * sums_stride + 16 * v) : _mm512_setzero_ps();
+    for (int v = 0; v < V; ++v) sum[r][v] = bias ? _mm512_set1_ps(bias[r]) : load(sums + r * sums_stride + 16 * v);
   for (int64_t begin = 0; begin < pairs; begin += LINE) {
     if (next)
 #pragma GCC unroll 6
@@ -154,14 +163,19 @@ void multiply(const pair* tile, const pair* weight, int64_t stride, int64_t pair
     for (int v = 0; v < V; ++v) _mm512_store_ps(sums + r * sums_stride + 16 * v, sum[r][v]);
 }
 
-using Multiply = void (*)(const pair*, const pair*, int64_t, int64_t, const pair*, float*, int64_t, bool);
+using Multiply = void (*)(const pair*, const pair*, int64_t, int64_t, const pair*, float*, int64_t, const float*);
 template <int R>
 constexpr Multiply by_vectors[] = {multiply<R, 1>, multiply<R, 2>, multiply<R, 3>, multiply<R, 4>};
 constexpr const Multiply* by_rows[] = {by_vectors<1>, by_vectors<2>, by_vectors<3>, by_vectors<4>, by_vectors<5>, by_vectors<6>};
 
-// sums "rows CHUNK" of one task: all pairs of `rows` rows of weights times `count` tokens' tiles. Rows x DEPTH pairs of weights
-// and a tile of as many stay in the second cache while they are used.
-void task(const pair* tiles, int64_t count, const pair* weight, int64_t rows, int64_t pairs, float* sums) {
+// sums "rows CHUNK" of one task: all pairs of `rows` rows of weights times `count` tokens' tiles, and the rows' bias or null. Rows x
+// DEPTH pairs of weights and a tile of as many stay in the second cache while they are used.
+void task(const pair* tiles, int64_t count, const pair* weight, const bf16* bias, int64_t rows, int64_t pairs, float* sums) {
+  float start[BLOCK] = {};
+  for (int64_t row = 0; bias && row < rows; ++row) {
+    const uint32_t wide = static_cast<uint32_t>(bias[row]) << 16;
+    std::memcpy(start + row, &wide, sizeof wide);
+  }
   for (int64_t depth = 0; depth < pairs; depth += DEPTH) {
     const int64_t deep = std::min(DEPTH, pairs - depth);
     for (int64_t token = 0; token < count; token += TILE) {
@@ -171,7 +185,8 @@ void task(const pair* tiles, int64_t count, const pair* weight, int64_t rows, in
         const int64_t r = std::min(ROWS, rows - row);
         const pair* at = weight + row * pairs + depth;
         const pair* next = token ? nullptr : at + ROWS * pairs;
-        by_rows[r - 1][vectors - 1](tile, at, pairs, deep, next, sums + row * CHUNK + token, CHUNK, depth > 0);
+        by_rows[r - 1][vectors - 1](tile, at, pairs, deep, next, sums + row * CHUNK + token, CHUNK,
+                                    depth ? nullptr : start + row);
       }
     }
   }
@@ -220,34 +235,41 @@ struct Plan {
 
 alignas(64) thread_local float sums_of_task[BLOCK * CHUNK];
 
-// out "m n" = tiles "m k" W^T, and the tokens of `residual` "m n" where there are any
-void linear(const pair* tiles, int64_t m, int64_t chunk, int64_t pairs, const bf16* weight, int64_t n, const bf16* residual, bf16* out) {
+// out "m n" = tiles "m k" W^T, plus bias " n" and residual "m n" where there are any
+void linear(const pair* tiles, int64_t m, int64_t chunk, int64_t pairs, const bf16* weight, const bf16* bias, int64_t n,
+            const bf16* residual, bf16* out) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK, chunks = (m + chunk - 1) / chunk;
 #pragma omp for schedule(static)
   for (int64_t unit = 0; unit < chunks * blocks; ++unit) {
     const int64_t token = unit / blocks * chunk, row = unit % blocks * BLOCK;
     const int64_t count = std::min(chunk, m - token), rows = std::min(BLOCK, n - row);
-    task(tiles + token * pairs, count, reinterpret_cast<const pair*>(weight) + row * pairs, rows, pairs, sums_of_task);
+    task(tiles + token * pairs, count, reinterpret_cast<const pair*>(weight) + row * pairs, bias ? bias + row : nullptr, rows, pairs,
+         sums_of_task);
     write_rows(sums_of_task, rows, count, residual ? residual + token * n + row : nullptr, out + token * n + row, n);
   }
 }
 
-// hidden tiles "m h" = silu(tiles W_gate^T) * (tiles W_up^T), or silu(tiles W_up^T) where there is no gate
-void activate(const pair* tiles, int64_t m, int64_t chunk, int64_t pairs, const bf16* weight, int64_t hidden, bool gated, pair* out) {
-  const int64_t wide = gated ? BLOCK / 2 : BLOCK, blocks = (hidden + wide - 1) / wide, chunks = (m + chunk - 1) / chunk;
+// hidden tiles "m h" = activated(tiles W_up^T); SWIGLU: silu(tiles W_gate^T) * (tiles W_up^T), the gate's rows before those of up
+void activate(const pair* tiles, int64_t m, int64_t chunk, int64_t pairs, const bf16* weight, const bf16* bias, int64_t hidden,
+              int kind, pair* out) {
+  const int64_t wide = kind == SWIGLU ? BLOCK / 2 : BLOCK;
+  const int64_t blocks = (hidden + wide - 1) / wide, chunks = (m + chunk - 1) / chunk;
 #pragma omp for schedule(static)
   for (int64_t unit = 0; unit < chunks * blocks; ++unit) {
     const int64_t token = unit / blocks * chunk, row = unit % blocks * wide;
     const int64_t count = std::min(chunk, m - token), rows = std::min(wide, hidden - row);
-    const pair *here = tiles + token * pairs, *first_rows = reinterpret_cast<const pair*>(weight) + row * pairs;
-    float *gates = sums_of_task, *ups = gates + rows * CHUNK;
-    task(here, count, first_rows, rows, pairs, gates);
-    if (gated) task(here, count, first_rows + hidden * pairs, rows, pairs, ups);
+    float *sums = sums_of_task, *ups = sums + rows * CHUNK;
+    const auto part = [&](int64_t begin, float* to) {
+      task(tiles + token * pairs, count, reinterpret_cast<const pair*>(weight) + begin * pairs, bias ? bias + begin : nullptr, rows,
+           pairs, to);
+    };
+    part(row, sums);
+    if (kind == SWIGLU) part(hidden + row, ups);
     for (int64_t t = 0; t < count; t += 16) {
       pair* to = out + (token + t) / TILE * TILE * (hidden / 2) + row / 2 * TILE + t % TILE;
       for (int64_t r = 0; r < rows; r += 2) {
-        __m512 one = silu(load(gates + r * CHUNK + t)), two = silu(load(gates + (r + 1) * CHUNK + t));
-        if (gated) {
+        __m512 one = activated(load(sums + r * CHUNK + t), kind), two = activated(load(sums + (r + 1) * CHUNK + t), kind);
+        if (kind == SWIGLU) {
           one = _mm512_mul_ps(one, load(ups + r * CHUNK + t));
           two = _mm512_mul_ps(two, load(ups + (r + 1) * CHUNK + t));
         }
@@ -284,10 +306,10 @@ int64_t whole_tiles(int64_t tokens) { return (tokens + TILE - 1) / TILE * TILE; 
 
 }  // namespace
 
-// x "m k" (rows `stride` apart), gain " k" or null, weight "n k", residual "m n" or null -> out "m n"; k and n even.
-// Returns 1 where there is no memory.
-extern "C" int linear_bf16(const bf16* x, const bf16* gain, float eps, const bf16* weight, const bf16* residual, bf16* out, int64_t m,
-                           int64_t stride, int64_t k, int64_t n, int threads) {
+// x "m k" (rows `stride` apart), gain " k" or null, weight "n k", bias " n" or null, residual "m n" or null -> out "m n"; k and n
+// even. Returns 1 where there is no memory.
+extern "C" int linear_bf16(const bf16* x, const bf16* gain, float eps, const bf16* weight, const bf16* bias, const bf16* residual,
+                           bf16* out, int64_t m, int64_t stride, int64_t k, int64_t n, int threads) {
   const Plan plan(m, n, threads);
   pair* tiles = workspace.of(whole_tiles(std::min(m, plan.group)) * (k / 2));
   if (!tiles) return 1;
@@ -295,14 +317,16 @@ extern "C" int linear_bf16(const bf16* x, const bf16* gain, float eps, const bf1
   for (int64_t begin = 0; begin < m; begin += plan.group) {
     const int64_t here = std::min(plan.group, m - begin);
     lay_out_all(x + begin * stride, here, stride, k / 2, gain, eps, tiles);
-    linear(tiles, here, plan.chunk, k / 2, weight, n, residual ? residual + begin * n : nullptr, out + begin * n);
+    linear(tiles, here, plan.chunk, k / 2, weight, bias, n, residual ? residual + begin * n : nullptr, out + begin * n);
   }
   return 0;
 }
 
-// The same through a hidden layer: up "h k", or gate and up "2h k" where `gated`, then down "n h"; h even.
-extern "C" int mlp_bf16(const bf16* x, const bf16* gain, float eps, const bf16* up, const bf16* down, const bf16* residual, bf16* out, int64_t m,
-                        int64_t stride, int64_t k, int64_t hidden, int64_t n, int gated, int threads) {
+// The same through a hidden layer: up "h k" (SWIGLU: gate and up, "2h k") with its bias or null, then down "n h" with its own; h
+// even.
+extern "C" int mlp_bf16(const bf16* x, const bf16* gain, float eps, const bf16* up, const bf16* up_bias, const bf16* down,
+                        const bf16* down_bias, bf16* out, int64_t m, int64_t stride, int64_t k, int64_t hidden, int64_t n, int kind,
+                        int threads) {
   const Plan plan(m, n, threads);
   const int64_t tokens = whole_tiles(std::min(m, plan.group));
   pair* tiles = workspace.of(tokens * (k / 2 + hidden / 2));
@@ -312,8 +336,8 @@ extern "C" int mlp_bf16(const bf16* x, const bf16* gain, float eps, const bf16* 
   for (int64_t begin = 0; begin < m; begin += plan.group) {
     const int64_t here = std::min(plan.group, m - begin);
     lay_out_all(x + begin * stride, here, stride, k / 2, gain, eps, tiles);
-    activate(tiles, here, plan.chunk, k / 2, up, hidden, gated, hidden_tiles);
-    linear(hidden_tiles, here, plan.chunk, hidden / 2, down, n, residual ? residual + begin * n : nullptr, out + begin * n);
+    activate(tiles, here, plan.chunk, k / 2, up, up_bias, hidden, kind, hidden_tiles);
+    linear(hidden_tiles, here, plan.chunk, hidden / 2, down, down_bias, n, nullptr, out + begin * n);
   }
   return 0;
 }

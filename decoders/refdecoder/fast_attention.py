@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decoders.layers import products
 from decoders.layers.deployed import compiled
 from decoders.refdecoder.injection import Carry, JointAttention, reference_times
 from decoders.refdecoder.transformer import EPS, THETA, Block, Gate, rope_table, wide
@@ -45,6 +46,7 @@ class Weights(NamedTuple):
     up_bias: Tensor
     down: Tensor
     down_bias: Tensor
+    kernels: bool  # products run in those of decoders/layers/products.py
 
 
 class Held(NamedTuple):
@@ -86,6 +88,10 @@ class FastBlock(nn.Module):
             layer = getattr(block, name)
             setattr(self, name, kept(layer.weight))
             setattr(self, f"{name}_bias", kept(layer.bias))
+        self.kernels = not any(
+            products.refused(getattr(self, name), getattr(self, f"{name}_bias"))
+            for name in ("qkv", "out", "up", "down")
+        )
 
     def weights(self) -> Weights:
         """As a tuple: functions of tensors are compiled once for all blocks."""
@@ -127,13 +133,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def finish(x: Tensor, mixed: Tensor, w: Weights) -> Tensor:
     """The rest of a block after attention."""
+    if w.kernels:
+        x = products.linear_bf16(mixed, w.out, w.out_bias, residual=x)
+        return x + products.mlp_bf16(layer_norm(x), w.up, w.up_bias, w.down, w.down_bias, activation="gelu")
     x = x + F.linear(mixed, w.out, w.out_bias)
     return x + F.linear(F.gelu(F.linear(layer_norm(x), w.up, w.up_bias), approximate="tanh"), w.down, w.down_bias)
 
 
+def projected(x: Tensor, w: Weights) -> tuple[Tensor, ...]:
+    """Queries, keys and values "b s D" of tokens before their norm."""
+    product = products.linear_bf16 if w.kernels else F.linear
+    return product(layer_norm(x), w.qkv, w.qkv_bias).chunk(3, -1)
+
+
 def whole(x: Tensor, w: Weights, turn: Turn, head_dim: int, first: int) -> Tensor:
     """A block whose tokens see one another. Those before ``first`` are seen and do not come out."""
-    q, k, v = F.linear(layer_norm(x), w.qkv, w.qkv_bias).chunk(3, -1)
+    q, k, v = projected(x, w)
     k = turned(k, w.k_gain, turn, head_dim).to(x.dtype)
     if first:
         x, q, turn = x[:, first:], q[:, first:], (turn[0][first:], turn[1][first:])
@@ -145,7 +160,7 @@ def ring(
     x: Tensor, w: Weights, turn: Turn, keys: Tensor, values: Tensor, places: Tensor, head_dim: int
 ) -> tuple[Tensor, ...]:
     """A block whose tokens take ``places`` "s" among ``keys`` and ``values`` "b m H d", and see all of them."""
-    q, k, v = F.linear(layer_norm(x), w.qkv, w.qkv_bias).chunk(3, -1)
+    q, k, v = projected(x, w)
     keys.index_copy_(1, places, turned(k, w.k_gain, turn, head_dim).to(x.dtype))
     values.index_copy_(1, places, v.unflatten(-1, (-1, head_dim)))
     q = turned(q, w.q_gain, turn, head_dim).to(x.dtype)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decoders.inference import InferenceOptions
+from decoders.layers import products
 from decoders.layers.cuda_graphs import GraphedCall
 from decoders.layers.deployed import check_latent, compiled, inference, shared_copy, to_uint8
 from decoders.regen.conditioning import fold_frames
@@ -71,6 +72,7 @@ class FastRegenDecoder(RegenDecoder):
                 if part is not None:
                     part.float()
         self.requires_grad_(False).eval()
+        products.prefer(self.dit.blocks)
         self.options = options
         functions: list[Callable[..., Any]] = [self._conditioned, embed, block, last, self._pixels]
         if options.compile:

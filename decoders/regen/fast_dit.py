@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from decoders.layers import products
 from decoders.regen.dit import EPS, Block, RMSNorm, modulate, normalise
 
 
@@ -23,19 +24,25 @@ def embed(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor, beside: Tensor
 def block(x: Tensor, weights: Block, shared: Tensor | None) -> Tensor:
     """``Block.forward``."""
     if weights.modulation is None:
-        x = x + attention(normalise(x), weights)
-        return x + weights.mlp(normalise(x))
+        x = attention(normalise(x), weights, residual=x)
+        return x + mlp(normalise(x), weights)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (shared + weights.modulation).unsqueeze(2).unbind(1)
     x = torch.addcmul(x, 1 + gate_a, attention(modulate(x, shift_a, scale_a), weights))
-    return torch.addcmul(x, 1 + gate_m, weights.mlp(modulate(x, shift_m, scale_m)))
+    return torch.addcmul(x, 1 + gate_m, mlp(modulate(x, shift_m, scale_m), weights))
 
 
-def attention(x: Tensor, weights: Block) -> Tensor:
-    """``Attention.forward``, with norms of two passes less."""
+def mlp(x: Tensor, weights: Block) -> Tensor:
+    """``Block.mlp``."""
+    return products.mlp(weights.up, weights.down, x, activation="gelu")
+
+
+def attention(x: Tensor, weights: Block, residual: Tensor | None = None) -> Tensor:
+    """``Attention.forward``, with norms of two passes less, and the residual."""
     own = weights.attention
-    q, k, v = own.qkv(x).unflatten(-1, (3, own.heads, -1)).unbind(2)
+    q, k, v = products.linear(own.qkv, x).unflatten(-1, (3, own.heads, -1)).unbind(2)
     q, k, v = (part.transpose(1, 2) for part in (_normed(q, own.q_norm), _normed(k, own.k_norm), v))
-    return own.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return products.linear(own.out, mixed, residual=residual)
 
 
 def _normed(x: Tensor, norm: torch.nn.Module) -> Tensor:

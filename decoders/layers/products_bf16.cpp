@@ -50,7 +50,7 @@ inline __m512i paired(__m512 first, __m512 second) {
 // x / (1 + e^-y), e^-y with a relative error of 2e-7
 inline __m512 gated_by(__m512 x, __m512 y) {
   __m512 power = _mm512_mul_ps(y, _mm512_set1_ps(-1.44269504089f));
-  power = _mm512_min_ps(_mm512_max_ps(power, _mm512_set1_ps(-126.0f)), _mm512_set1_ps(126.0f));
+  power = _mm512_min_ps(_mm512_max_ps(power, _mm512_set1_ps(-200.0f)), _mm512_set1_ps(200.0f));  // 0 and infinity
   const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(power, whole);
   __m512 p = _mm512_set1_ps(1.33335581e-3f);

@@ -39,11 +39,24 @@ def refused(weight: Tensor, bias: Tensor | None = None) -> str:
     return native.missing()
 
 
+def usable(weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether :func:`refused` has nothing against a layer. If so the kernels are compiled now, not with the first frame.
+
+    Raises:
+        RuntimeError: they cannot be compiled, though there is a compiler; says why.
+    """
+    return not refused(weight, bias) and bool(_library())
+
+
 def prefer(module: nn.Module, kernels: bool = True) -> None:
-    """Let the products of all linear layers in ``module`` run in the kernels, those that can; or none of them."""
+    """Let the products of all linear layers in ``module`` run in the kernels, those that can; or none of them.
+
+    Raises:
+        RuntimeError: see :func:`usable`.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            layer.kernels = kernels and not refused(layer.weight, layer.bias)
+            layer.kernels = kernels and usable(layer.weight, layer.bias)
 
 
 def _has_kernels(*layers: nn.Module) -> bool:

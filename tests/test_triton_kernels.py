@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch.nn import functional as F
@@ -35,6 +36,8 @@ def errors() -> dict[str, float]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "triton_checks.py")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    if "only 0-dimensional arrays can be converted" in run.stderr:
+        pytest.skip(f"the interpreter of triton {triton.__version__} does not run with numpy {numpy.__version__}")
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

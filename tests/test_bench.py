@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from decoders.inference import InferenceOptions
 from decoders.latent_spaces.learned import Learned
+from decoders.layers import products
 from experiments import bench_worker
 from experiments.bench import BenchConfig, _wait_until_built, bench, check_length, main, options
 from experiments.bench_table import percentile, ratio, report, summarise, waits_s
@@ -267,8 +268,11 @@ def test_a_length_that_cannot_be_decoded_names_the_nearest():
 @pytest.mark.slow
 def test_xl_decodes_several_times_as_fast_as_wan22_in_a_quarter_of_the_memory(tmp_path: Path):
     """The full sizes on this machine, one short round: a gate against regressions; results/ has the measurements."""
-    config = BenchConfig(peers=["wan22"], num_frames=5, repeats=1, results=str(tmp_path))
+    config = BenchConfig(peers=["wan22"], num_frames=5, repeats=1, optimise=True, results=str(tmp_path))
     (size,) = bench("flashdecoder_xl_stage1", (), config)["sizes"]
     ratios = size["ratios"]["diffusers Wan 2.2"]
-    assert ratios["fps"] > 3, "7 to 8 where bf16 is native, at least 3.6 where it is not"
+    expected = 3 if products.refused(torch.zeros(2, 2, dtype=torch.bfloat16)) else 5
+    assert ratios["fps"] > expected, "8.6 to 8.8 at 9 frames and 8.8 to 9.9 at 17 where our products run"
     assert ratios["beyond_weights"] < 0.25
+    (plain,) = (name for name in size["ratios"] if name != "diffusers Wan 2.2")
+    assert size["ratios"][plain]["fps"] > 1

@@ -129,8 +129,8 @@ def test_bad_scales_and_weights_are_refused(scale: float) -> None:
 # ---- FlashDecoder
 
 
-def network(**changes) -> FlashDecoderModel:
-    torch.manual_seed(0)
+def network(seed: int = 0, **changes) -> FlashDecoderModel:
+    torch.manual_seed(seed)
     config = FlashDecoderConfig(**{"depth": 2, "dim": 128, "num_heads": 2, "num_kv_heads": 1, **changes})
     model = FlashDecoderModel(config, channels=8, stride_t=4, stride_hw=8).eval().requires_grad_(False)
     with torch.no_grad():  # gains as training makes them, and channels that stand out
@@ -196,13 +196,18 @@ def test_smoothing_changes_nothing_but_the_rounding(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(fast.decode(latent), plain.decode(latent), atol=1e-6, rtol=1e-5)
 
 
-def test_smoothing_and_saturation_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, latent = network(), latents(3)[2]
-    exact = model.decode(latent)
-    chosen = relative(rounded(model, "linear", latents(), "int8").decode(latent), exact)
-    monkeypatch.setattr(bits8, "STRENGTHS", (0.0,))
-    monkeypatch.setattr(bits8, "CLIPS", (1.0,))
-    assert chosen < 0.8 * relative(rounded(model, "linear", latents(), "int8").decode(latent), exact)
+def test_smoothing_pays_whatever_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On latents that calibration did not see; each draw by itself may be lucky."""
+    latent, smoothed, plain = latents(3)[2], [], []
+    for seed in range(6):
+        model = network(seed=seed)
+        exact = model.decode(latent)
+        for strengths, found in ((bits8.STRENGTHS, smoothed), ((0.0,), plain)):
+            with monkeypatch.context() as patch:
+                patch.setattr(bits8, "STRENGTHS", strengths)
+                found.append(relative(rounded(model, "linear", latents(), "int8").decode(latent), exact))
+    assert max(smoothed) < 0.05
+    assert sorted(smoothed)[3] < 0.7 * sorted(plain)[3]
 
 
 def test_calibration_keeps_the_largest_of_all_calls() -> None:

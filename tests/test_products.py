@@ -1,5 +1,7 @@
 """Linear layers and MLPs in our bf16 kernels: against float64, at every edge of their tiles, whatever runs beside them."""
 
+import copy
+import io
 import subprocess
 import sys
 import textwrap
@@ -11,16 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decoders.flashdecoder import bits8
 from decoders.flashdecoder.model import FlashDecoderConfig, FlashDecoderModel
 from decoders.inference import InferenceOptions, optimise
 from decoders.layers import products
+from decoders.refdecoder.fast_attention import FastBlock
+from decoders.refdecoder.transformer import Block
 
 ROOT = Path(__file__).parent.parent
 REASON = products.refused(torch.zeros(2, 2, dtype=torch.bfloat16))
 needs_kernels = pytest.mark.skipif(bool(REASON), reason=f"products in our kernels: {REASON}")
 # tokens, features in, features out: single ones; parts of a vector, of a tile, of a task; more tokens than one task takes, more
 # features than are summed at once, more rows than a task has.
-SHAPES = [(1, 2, 2), (5, 10, 6), (17, 34, 40), (64, 48, 96), (65, 130, 194), (321, 96, 100), (700, 64, 390), (33, 1700, 14)]
+SHAPES = [
+    (1, 2, 2),
+    (5, 10, 6),
+    (17, 34, 40),
+    (64, 48, 96),
+    (65, 130, 194),
+    (321, 96, 100),
+    (700, 64, 390),
+    (33, 1700, 14),
+]
 
 
 def normed(x: Tensor, gain: Tensor | None) -> Tensor:
@@ -39,6 +53,12 @@ def layer(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     made = nn.Linear(inputs, outputs, bias=bias).bfloat16().requires_grad_(False)
     products.prefer(made)
     return made
+
+
+def decoder(depth: int = 1, refinement_depth: int = 1) -> FlashDecoderModel:
+    torch.manual_seed(3)
+    sizes = dict(depth=depth, dim=256, num_heads=4, num_kv_heads=2, refinement_depth=refinement_depth)
+    return FlashDecoderModel(FlashDecoderConfig(**sizes), 6, 4, 8).bfloat16()
 
 
 def wide(part: nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -63,7 +83,9 @@ def by_torch(function, *layers: nn.Linear):
 
 @needs_kernels
 @pytest.mark.parametrize("tokens,inputs,outputs", SHAPES)
-@pytest.mark.parametrize("bias,norm,residual", [(False, False, False), (True, True, True), (True, False, True), (False, True, False)])
+@pytest.mark.parametrize(
+    "bias,norm,residual", [(False, False, False), (True, True, True), (True, False, True), (False, True, False)]
+)
 def test_a_linear_layer_against_float64(tokens, inputs, outputs, bias, norm, residual) -> None:
     own, x = layer(inputs, outputs, bias), torch.randn(tokens, inputs).bfloat16()
     gain = (torch.rand(inputs) + 0.5).bfloat16() if norm else None
@@ -97,7 +119,14 @@ def test_an_mlp_against_float64(tokens, inputs, hidden, activation, plain) -> No
 def test_tokens_that_lie_apart_and_axes_before_them() -> None:
     own = layer(64, 32)
     x, added = torch.randn(2, 3, 9, 128).bfloat16(), torch.randn(2, 3, 9, 64).bfloat16()
-    cases = [x[..., 64:], x[:, 1, 2:, :64], x[..., ::2], x[:, :, ::2, 3:67], x[0, 0, 0, :64], x.transpose(0, 2)[..., :64]]
+    cases = [
+        x[..., 64:],
+        x[:, 1, 2:, :64],
+        x[..., ::2],
+        x[:, :, ::2, 3:67],
+        x[0, 0, 0, :64],
+        x.transpose(0, 2)[..., :64],
+    ]
     for view in cases:
         torch.testing.assert_close(products.linear(own, view), products.linear(own, view.contiguous()), atol=0, rtol=0)
     residual = added[..., ::2]
@@ -188,6 +217,7 @@ def test_nothing_is_read_or_written_beyond_its_end() -> None:
 def test_what_the_kernels_refuse() -> None:
     half = torch.zeros(4, 6, dtype=torch.bfloat16)
     assert "bf16, not torch.float32" in products.refused(half.float())
+    assert "bf16, not torch.float64" in products.refused(half, torch.zeros(4).double())
     assert "pairs of features" in products.refused(half[:, :5]) and "pairs of features" in products.refused(half[:3])
     assert "row after row" in products.refused(torch.zeros(6, 4, dtype=torch.bfloat16).t())
     assert "on a CPU" in products.refused(half.to("meta"))
@@ -221,14 +251,91 @@ def test_operands_that_do_not_fit_are_errors_and_no_crash() -> None:
         products.mlp_bf16(x, weight, None, torch.zeros(6, 4).bfloat16(), None)  # swiglu wants 8 rows
     with pytest.raises(ValueError):
         products.mlp_bf16(x, weight, None, torch.zeros(6, 4).bfloat16(), None, None, "relu")
+    mlp = (weight, None, torch.zeros(6, 4).bfloat16())
+    with pytest.raises(ValueError, match="no product of"):
+        products.mlp_bf16(x, *mlp, torch.zeros(6, 2).bfloat16(), None, "silu")
+    with pytest.raises(ValueError, match="no product of"):  # no hidden layer: nothing would be summed
+        products.mlp_bf16(x, weight[:0], None, mlp[2][:, :0], None, None, "silu")
+
+
+@needs_kernels
+def test_operands_that_lie_otherwise_are_errors_or_laid_out() -> None:
+    x, weight, odd = torch.randn(3, 6).bfloat16(), torch.randn(4, 6).bfloat16(), torch.randn(3, 5).bfloat16()
+    one = torch.ones(1).bfloat16()
+    for arguments in [
+        (x, torch.randn(6, 4).bfloat16().t()),
+        (x, torch.randn(4, 12).bfloat16()[:, ::2]),
+        (x, weight, one.expand(4)),
+        (x, weight[:3]),
+        (odd, odd),
+        (x[:, :0], weight[:, :0]),
+    ]:
+        with pytest.raises(ValueError, match="no product of"):
+            products.linear_bf16(*arguments)
+    own, down = layer(6, 4), layer(4, 6)
+    for gain in (one.expand(6), torch.rand(12).bfloat16()[::2]):
+        found = products.linear(own, x, gain), products.mlp(own, down, x, gain, "silu")
+        whole = products.linear(own, x, gain.contiguous()), products.mlp(own, down, x, gain.contiguous(), "silu")
+        assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+
+
+@needs_kernels
+def test_layers_that_somebody_watches_run_by_themselves() -> None:
+    up, down, x = layer(6, 8), layer(4, 6), torch.randn(3, 6).bfloat16()
+    gain, seen = (torch.rand(6) + 0.5).bfloat16(), []
+    kernels, torchs = (
+        products.mlp(up, down, x, gain), by_torch(lambda: products.mlp(up, down, x, gain), up, down)
+    )  # fmt: skip
+    before = up.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    assert torch.equal(products.mlp(up, down, x, gain), torchs)
+    before.remove()
+    after = down.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    assert torch.equal(products.mlp(up, down, x, gain), torchs)
+    after.remove()
+    assert torch.equal(products.mlp(up, down, x, gain), kernels) and len(seen) == 2
+    assert torch.equal(seen[0], F.rms_norm(x, (6,), gain, products.EPS)) and torch.equal(seen[1], torchs)
+
+
+@needs_kernels
+def test_eight_bits_are_calibrated_on_a_form_whose_products_run_in_them() -> None:
+    fast, latent = optimise(decoder()), torch.randn(1, 6, 2, 4, 4).bfloat16()
+    assert all(part.kernels for part in fast.modules() if isinstance(part, nn.Linear))
+    sites = [site.name for site in bits8.sites(fast, "linear")]
+    assert list(bits8.calibrate(fast, "linear", [latent], "int8").scales) == sites
+    bits8.quantise(fast, "mlp", [latent], "int8", emulated=True)
+    assert fast.blocks[0].qkv.kernels and fast.decode(latent).isfinite().all()
+
+
+@needs_kernels
+def test_forms_that_are_copied_pickled_or_converted_go_on() -> None:
+    model, latent = decoder(), torch.randn(1, 6, 2, 4, 4).bfloat16()
+    folded, held = InferenceOptions(attention="folded"), io.BytesIO()
+    fast = optimise(model, folded)
+    torch.save(fast, held)
+    held.seek(0)
+    for other in (copy.deepcopy(fast), torch.load(held, weights_only=False)):
+        assert torch.equal(other.decode(latent), fast.decode(latent))
+    exact = optimise(copy.deepcopy(model).float(), folded)
+    torch.testing.assert_close(copy.deepcopy(fast).float().decode(latent), exact.decode(latent.float()))
+    assert not any(hasattr(part, "kernels") for part in model.modules())
+    block = FastBlock(Block(64, 4, 2).bfloat16())
+    assert block.weights().kernels and not block.to("meta").weights().kernels
+
+
+@needs_kernels
+def test_a_linear_layer_that_does_more_keeps_its_own_way() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    own, x = Doubled(6, 4).bfloat16().requires_grad_(False), torch.randn(3, 6).bfloat16()
+    products.prefer(own)
+    assert not own.kernels and torch.equal(products.linear(own, x), own(x))
 
 
 @needs_kernels
 def test_the_decoder_runs_in_them_and_is_nearer_to_float32_than_the_plain_one() -> None:
-    torch.manual_seed(3)
-    config = FlashDecoderConfig(depth=3, dim=256, num_heads=4, num_kv_heads=2, refinement_depth=2)
-    model, latent = FlashDecoderModel(config, 6, 4, 8), torch.randn(2, 6, 4, 5, 6)
-    model = model.bfloat16()
+    model, latent = decoder(depth=3, refinement_depth=2), torch.randn(2, 6, 4, 5, 6)
     exact = model.float().decode(latent.bfloat16().float())
     model, latent = model.bfloat16(), latent.bfloat16()
     plain, fast = model.decode(latent), optimise(model, InferenceOptions(attention="folded"))

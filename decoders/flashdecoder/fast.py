@@ -136,16 +136,15 @@ class FastFlashDecoder(nn.Module):
         self.head = FastHead(model.head, uint8)
         self.kernel, self.uint8 = kernel, uint8
         self.kernels: attention.Choices = {}  # which attention each shape got
-        self.prepare(compiles, graphs, kernels=False)
+        self.prepare(compiles, graphs)
         self.eval()
 
-    def prepare(self, compiles: bool, graphs: bool, kernels: bool = True) -> None:
+    def prepare(self, compiles: bool, graphs: bool) -> None:
         """Steps from now on are compiled, or captured (CUDA only), or both; calibration comes before.
 
-        ``kernels``: products run in those of decoders/layers/products.py that can, else layer by layer, which calibration
-        watches.
+        Products run in the kernels of decoders/layers/products.py that can, but not while a layer is watched.
         """
-        products.prefer(self, kernels)
+        products.prefer(self)
         self.compiles = compiles
         self.graphed = graphs and self.device.type == "cuda"
         self._sizes: OrderedDict[tuple[int, Grid], Size] = OrderedDict()

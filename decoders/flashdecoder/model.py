@@ -6,6 +6,7 @@
 What the paper leaves open, and what we chose, is listed in README.md beside this file.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -56,6 +57,8 @@ class FlashDecoderConfig:
             raise ValueError(f"decoder.window={self.window} must be 1 or more, or null for all frames")
         if sum(self.rope_split) != HEAD_DIM or any(dims % 2 or dims < 0 for dims in self.rope_split):
             raise ValueError(f"decoder.rope_split={tuple(self.rope_split)} must be three even numbers that sum to 64")
+        if not 0 < self.rope_theta < math.inf:  # NaN is neither
+            raise ValueError(f"decoder.rope_theta={self.rope_theta} must be a number above 0, such as 10000")
         if self.detach_cache and self.mode != "streaming":
             raise ValueError("decoder.detach_cache=true needs decoder.mode=streaming: other modes have no cache")
         if self.depth < 1 or self.refinement_depth < 0 or self.unshuffle < 1:

@@ -2,9 +2,10 @@
 
 torch multiplies nearly as fast there; what is spared is everything between two products: a norm's passes, laying activations
 out once more, and an MLP's hidden layer, which is written once, in the layout that the next product reads.  Biases, activations and
-residuals are added in float32 before the one rounding.  Weights are read where they lie.
+residuals are computed in float32 on a product's sums, which are rounded once.  Weights are read where they lie.
 
-``prefer`` marks the layers of a module whose products shall run so; ``linear`` and ``mlp`` then take whichever way a layer has.
+``prefer`` marks the layers of a module whose products shall run so; ``linear`` and ``mlp`` then take whichever way a layer has:
+by itself while it has hooks, and once it is no longer bf16 on a CPU.
 """
 
 import ctypes
@@ -28,8 +29,9 @@ def refused(weight: Tensor, bias: Tensor | None = None) -> str:
     """Why the products of a layer's weights "o i" cannot or should not run in the kernels; "" if they may."""
     if weight.device.type != "cpu":
         return f"they run on a CPU, these weights are on {weight.device.type}"
-    if any(part.dtype != torch.bfloat16 for part in (weight, bias) if part is not None):
-        return f"they take bf16, not {weight.dtype}"
+    for part in (weight, bias):
+        if part is not None and part.dtype != torch.bfloat16:
+            return f"they take bf16, not {part.dtype}"
     if not all(weight.shape) or any(size % 2 for size in weight.shape):
         return f"they take pairs of features, not {tuple(weight.shape)}"
     if not weight.is_contiguous() or weight.data_ptr() % 4 or bias is not None and not bias.is_contiguous():
@@ -48,19 +50,32 @@ def usable(weight: Tensor, bias: Tensor | None = None) -> bool:
     return not refused(weight, bias) and bool(_library())
 
 
-def prefer(module: nn.Module, kernels: bool = True) -> None:
-    """Let the products of all linear layers in ``module`` run in the kernels, those that can; or none of them.
+def prefer(module: nn.Module) -> None:
+    """Let the products of all linear layers in ``module`` run in the kernels, those that can.
 
     Raises:
         RuntimeError: see :func:`usable`.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            layer.kernels = kernels and usable(layer.weight, layer.bias)
+            plain = type(layer).forward is nn.Linear.forward  # a subclass may do more than multiply
+            layer.kernels = plain and usable(layer.weight, layer.bias)
+
+
+def still_fit(part: Tensor) -> bool:
+    """Whether what was :func:`usable` still is: a module may have been moved or converted since."""
+    return part.dtype == torch.bfloat16 and part.device.type == "cpu"
 
 
 def _has_kernels(*layers: nn.Module) -> bool:
-    return all(getattr(layer, "kernels", False) for layer in layers)
+    """Those that somebody watches run by themselves: hooks, 8-bit calibration's among them, see nothing of a kernel."""
+    return all(
+        getattr(layer, "kernels", False)
+        and still_fit(layer.weight)
+        and not layer._forward_pre_hooks
+        and not layer._forward_hooks
+        for layer in layers
+    )
 
 
 def _normed(x: Tensor, gain: Tensor | None) -> Tensor:
@@ -90,6 +105,8 @@ def mlp(
     if activation == "swiglu":
         gate, hidden = hidden.chunk(2, dim=-1)
         return down(F.silu(gate) * hidden)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
     return down(F.silu(hidden) if activation == "silu" else F.gelu(hidden, approximate="tanh"))
 
 
@@ -104,17 +121,25 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _check(fits: bool, *operands: Tensor | None) -> None:
-    """Kernels read what they are told to: nothing that does not fit, or is not bf16, may reach them."""
-    given = [part for part in operands if part is not None]
-    if not fits or any(part.dtype != torch.bfloat16 or part.device.type != "cpu" for part in given):
-        raise ValueError(f"no product of {', '.join(f'{part.dtype} {tuple(part.shape)}' for part in given)}")
+def _check(fits: bool, others: tuple[Tensor | None, ...], *layers: tuple[Tensor, Tensor | None]) -> None:
+    """Kernels read what they are told to: nothing that does not fit, is not bf16, or lies otherwise, may reach them."""
+    read = [part for layer in layers for part in layer if part is not None]
+    given = [part for part in others if part is not None] + read
+    fits = fits and all(not size % 2 and size for weight, _ in layers for size in weight.shape)
+    fits = fits and all(bias is None or bias.shape == weight.shape[:1] for weight, bias in layers)
+    if not fits or not all(part.is_contiguous() for part in read) or not all(still_fit(part) for part in given):
+        about = (f"{part.dtype} {tuple(part.shape)} of strides {part.stride()}" for part in given)
+        raise ValueError(f"no product of {', '.join(about)}")
 
 
 def _rows(x: Tensor) -> Tensor:
     """Tokens in rows, which may lie apart."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _whole(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.contiguous()
 
 
 def _at(part: Tensor | None) -> int | None:
@@ -132,18 +157,15 @@ def linear_bf16(
     """:func:`linear` by the kernels, of weights that :func:`refused` has nothing against.
 
     Raises:
-        ValueError: operands that do not fit together, or are not bf16 on a CPU.
+        ValueError: operands that do not fit together, are not bf16 on a CPU, or weights that are refused.
         MemoryError.
     """
     out = x.new_empty(*x.shape[:-1], len(weight))
     fits = weight.shape[1:] == x.shape[-1:] and (gain is None or gain.shape == x.shape[-1:])
-    fits = (
-        fits and (bias is None or bias.shape == weight.shape[:1]) and (residual is None or residual.shape == out.shape)
-    )
-    _check(fits, x, gain, weight, bias, residual)
+    _check(fits and (residual is None or residual.shape == out.shape), (x, gain, residual), (weight, bias))
     if not out.numel():
         return out
-    rows, residual = _rows(x), None if residual is None else residual.contiguous()
+    rows, gain, residual = _rows(x), _whole(gain), _whole(residual)
     failed = _library().linear_bf16(
         rows.data_ptr(), _at(gain), EPS, weight.data_ptr(), _at(bias), _at(residual), out.data_ptr(),
         len(rows), rows.stride(0), rows.shape[1], len(weight), torch.get_num_threads(),
@@ -167,11 +189,10 @@ def mlp_bf16(
     out, hidden = x.new_empty(*x.shape[:-1], len(down)), down.shape[1]
     wide, kind = hidden * (2 if activation == "swiglu" else 1), ACTIVATIONS.index(activation)
     fits = up.shape == (wide, x.shape[-1]) and (gain is None or gain.shape == x.shape[-1:])
-    fits = fits and all(bias is None or len(bias) == len(part) for bias, part in ((up_bias, up), (down_bias, down)))
-    _check(fits, x, gain, up, up_bias, down, down_bias)
+    _check(fits, (x, gain), (up, up_bias), (down, down_bias))
     if not out.numel():
         return out
-    rows = _rows(x)
+    rows, gain = _rows(x), _whole(gain)
     failed = _library().mlp_bf16(
         rows.data_ptr(), _at(gain), EPS, up.data_ptr(), _at(up_bias), down.data_ptr(), _at(down_bias), out.data_ptr(),
         len(rows), rows.stride(0), rows.shape[1], hidden, len(down), kind, torch.get_num_threads(),

@@ -93,7 +93,8 @@ class FastBlock(nn.Module):
 
     def weights(self) -> Weights:
         """As a tuple: functions of tensors are compiled once for all blocks."""
-        return Weights(*(getattr(self, name) for name in Weights._fields))
+        found = Weights(*(getattr(self, name) for name in Weights._fields))
+        return found._replace(kernels=found.kernels and products.still_fit(found.qkv))
 
 
 # ---- one block

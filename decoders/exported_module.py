@@ -29,7 +29,11 @@ class Exported(nn.Module):
         family: the folder of ``decoders/`` that it comes from.
         architecture: plain values from which the family builds ``network`` and ``encoder``.
         about: what was said when it was exported: experiment, step, kind of weights, versions, scores.
+        sampling_options, stream_options: names of what ``decode``, and of those what ``start_stream``, take besides.
     """
+
+    sampling_options: tuple[str, ...] = ()
+    stream_options: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -115,6 +119,7 @@ class Exported(nn.Module):
         Raises:
             ExportError: latents of another shape, kind or device than this decoder reads, or an option that it does not have.
         """
+        self.check_sampling(sampling)
         self._check_latent(latent)
         video = self._decode(self._cast(latent), size, reference, generator, **sampling)
         if size is None:
@@ -130,13 +135,21 @@ class Exported(nn.Module):
         generator: torch.Generator | None,
         **sampling: Any,
     ) -> Tensor:
-        self._refuse(sampling)
         return self.network.decode(latent)
 
-    def _refuse(self, sampling: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+    def check_sampling(self, sampling: Mapping[str, Any]) -> None:
+        """Raise ExportError for what :meth:`decode` does not take besides; names what it does. A family with options adds checks of
+        their values; None stands for the default."""
+        self._refuse(sampling, self.sampling_options, "decode")
+
+    def _refuse(self, sampling: Mapping[str, Any], known: Sequence[str], what: str) -> None:
         if odd := sorted(set(sampling) - set(known)):
             hint = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise ExportError(f"decode: {odd[0]} is no option of {self.family}; {hint}")
+            raise ExportError(f"{what}: {odd[0]} is no option of {self.family}; {hint}")
+
+    def streams(self, sampling: Mapping[str, Any]) -> bool:
+        """Whether frames can be decoded with these options as latent frames arrive."""
+        return self.can_stream and set(sampling) <= set(self.stream_options)
 
     def _cast(self, latent: Tensor) -> Tensor:
         """For networks that take latents in their own dtype; others compute from float32 what they need."""
@@ -172,18 +185,34 @@ class Exported(nn.Module):
         *,
         reference: Any = None,
         generator: torch.Generator | None = None,
+        **sampling: Any,
     ) -> Any:
         """State of a new stream of ``batch_size`` clips of ``height`` x ``width`` pixels; the caller owns it, and any number of
-        them may be open on one decoder. Raises ExportError: this decoder cannot stream; says why."""
+        them may be open on one decoder.
+
+        Args:
+            sampling: as of :meth:`decode`, those that are ``stream_options``.
+
+        Raises:
+            ExportError: this decoder cannot stream, and why; an option that its streams do not have.
+        """
+        self._refuse(sampling, self.stream_options, "stream")
+        self.check_sampling(sampling)
         try:
             if not hasattr(self.network, "step_stream"):
                 raise TypeError(f"{self.family} cannot stream: decode whole clips")
-            return self._start_stream(batch_size, height, width, reference, generator)
+            return self._start_stream(batch_size, height, width, reference, generator, **sampling)
         except (TypeError, ValueError) as error:
             raise ExportError(str(error)) from error
 
     def _start_stream(
-        self, batch_size: int, height: int, width: int, reference: Tensor | None, generator: torch.Generator | None
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        reference: Tensor | None,
+        generator: torch.Generator | None,
+        **sampling: Any,
     ) -> Any:
         return self.network.start_stream(batch_size, height, width)
 

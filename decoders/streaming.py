@@ -12,7 +12,7 @@ one thread at a time; ``ahead`` and ``Behind`` put the reading before it and the
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -48,9 +48,10 @@ class Stream:
             latents are those of the next larger size and the frames are cropped.
         reference: "b 3 r h w" in [-1, 1], of these frames' size or the latents', of a decoder that looks at one.
         seed: of a decoder that draws noise. One seed, one video, also after ``reset``.
+        sampling: what an ``Exported``'s streams take besides (its ``stream_options``), such as ``{"steps": 4}``.
 
     Raises:
-        ValueError: the model cannot stream.
+        ValueError: the model cannot stream, or not with this ``sampling``.
     """
 
     def __init__(
@@ -62,13 +63,19 @@ class Stream:
         batch_size: int = 1,
         reference: Float[Tensor, "b 3 r h w"] | None = None,
         seed: int = 0,
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
-        if not getattr(model, "can_stream", hasattr(model, "start_stream")):
+        asked = dict(sampling or {})
+        able = getattr(model, "can_stream", hasattr(model, "start_stream"))
+        if able and asked and not (hasattr(model, "streams") and model.streams(asked)):
+            takes = ", ".join(getattr(model, "stream_options", ())) or "no such options"
+            raise ValueError(f"a stream of this decoder does not take {', '.join(asked)}: it takes {takes}")
+        if not able and not (asked and hasattr(model, "streams") and model.streams(asked)):
             raise ValueError("this decoder cannot stream, it looks at latent frames to come: decode the whole clip")
         if height < 1 or width < 1 or batch_size < 1:
             raise ValueError(f"a stream of {batch_size} videos of {height}x{width} pixels is empty")
         self.model, self.height, self.width, self.batch_size = model, height, width, batch_size
-        self.reference, self.seed = reference, seed
+        self.reference, self.seed, self.sampling = reference, seed, asked
         self.num_frames = 0  # that came out
         self._state: Any = None
 
@@ -111,7 +118,7 @@ class Stream:
             device = getattr(self.model, "device", None) or torch.device("cpu")
             given = {"reference": self._padded(), "generator": torch.Generator(device).manual_seed(self.seed)}
         self.num_frames = 0
-        return self.model.start_stream(self.batch_size, *size, **given)
+        return self.model.start_stream(self.batch_size, *size, **given, **self.sampling)
 
     def _full_size(self) -> tuple[int, int]:
         """Pixels that the latents stand for."""

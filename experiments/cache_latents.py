@@ -49,7 +49,16 @@ from datamodules.sources import SourceError
 from datamodules.streams import StreamError
 from decoders.base import VideoDecoder
 from experiments.compose import ConfigError, run_cli
-from experiments.config import Experiment, build_decoder, build_space, check_decoder, load, locate, require_paths
+from experiments.config import (
+    Experiment,
+    build_decoder,
+    build_space,
+    check_decoder,
+    check_own,
+    load,
+    locate,
+    require_paths,
+)
 from experiments.given_latents import KEY, about_encoder, check_encoder
 from experiments.train import quiet
 
@@ -324,6 +333,7 @@ def cache_latents(name: str, options: CacheOptions, overrides: Sequence[str] = (
 def split_options(arguments: Sequence[str]) -> tuple[CacheOptions, list[str]]:
     """The command's own options, and the overrides of the experiment. Raises ConfigError."""
     own = {item.name for item in fields(CacheOptions)}
+    check_own(arguments, own)
     values = {key: text for key, equals, text in (a.partition("=") for a in arguments) if equals and key in own}
     try:
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CacheOptions), values))

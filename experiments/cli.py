@@ -25,8 +25,8 @@ from safetensors import safe_open
 from datamodules.faults import OUR_FAULT, BadFile
 from datamodules.whole import whole
 from experiments.cli_files import STDOUT, UsageError, plan
-from experiments.cli_options import parser
-from experiments.video_kinds import LATENT_SUFFIXES, OutputError
+from experiments.cli_options import parse
+from experiments.video_kinds import LATENT_SUFFIXES, VIDEO_SUFFIXES, OutputError
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 NEEDED = ("PIL", "av", "tqdm")  # by commands on videos, and not by a decoder in somebody's program
@@ -34,7 +34,7 @@ NEEDED = ("PIL", "av", "tqdm")  # by commands on videos, and not by a decoder in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's) and return its exit status."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         with _stoppable():
             return {"info": info}.get(options.command, convert)(options)
@@ -146,6 +146,8 @@ def info(options: Namespace) -> int:
     from experiments.video_in import open_film
 
     path = Path(options.what)
+    if not path.exists() and path.suffix.lower() in (*LATENT_SUFFIXES, *VIDEO_SUFFIXES):
+        raise UsageError(f"{path} is not there")
     try:
         if path.is_file() and path.suffix.lower() in LATENT_SUFFIXES and _holds_latents(path):
             _tell_latents(path)
@@ -201,6 +203,10 @@ def _tell_model(options: Namespace) -> None:
     print(f"videos: {', '.join(map(str, lengths))}, ... frames, sizes in multiples of {model.size_multiple}")
     able = {"stream": model.can_stream, "encode": model.can_encode, "looks at a reference": model.uses_reference}
     print("; ".join(f"{what}: {'yes' if yes else 'no'}" for what, yes in able.items()))
+    if model.sampling_options:
+        how = {key: value for key, value in model.sampling.items() if key in model.sampling_options}
+        own = f"; its own: {_shown(how)}" if how else ""
+        print(f"--sampling: {', '.join(model.sampling_options)}{own}")
     for key, value in model.about.items():
         print(f"{_shown(key)}: {_shown(value)}")
 

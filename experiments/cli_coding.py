@@ -5,7 +5,7 @@ on pieces: an encoder codes ``chunk`` frames as a clip by itself, and a decoder 
 before and after them as context, which is close to the whole clip and not equal. Nothing here imports the trainer.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -200,16 +200,21 @@ def valid_length(space: Any, longest: int) -> int:
 
 
 def streamed(
-    model: Exported, parts: Iterable[Part], size: tuple[int, int], reference: Tensor | None = None, seed: int = 0
+    model: Exported,
+    parts: Iterable[Part],
+    size: tuple[int, int],
+    reference: Tensor | None = None,
+    seed: int = 0,
+    sampling: Mapping[str, Any] | None = None,
 ) -> Iterator[UInt8[np.ndarray, "t h w 3"]]:
     """The frames of ``parts``, bytes, cropped to ``size`` (height, width), of a decoder that streams. A part that starts anew
-    gets a stream, and noise, of its own."""
+    gets a stream, and noise, of its own. ``sampling``: further options of the decoder's streams."""
     video, started = None, 0
     for part in parts:
         if part.starts or video is None:
             if video is not None:
                 yield to_bytes(video.finish())
-            video = Stream(model, *size, reference=reference, seed=seed + started)
+            video = Stream(model, *size, reference=reference, seed=seed + started, sampling=sampling)
             started += 1
         yield from (to_bytes(video.push(frame)) for frame in part.latent.to(model.device).unbind(2))
     if video is not None:
@@ -224,6 +229,7 @@ def windowed(
     reference: Tensor | None = None,
     seed: int = 0,
     window: int = WINDOW,
+    sampling: Mapping[str, Any] | None = None,
 ) -> Iterator[UInt8[np.ndarray, "t h w 3"]]:
     """The frames of one clip, bytes, cropped to ``size`` (height, width), of a decoder that does not stream: ``window`` latent frames
     at a time with ``CONTEXT`` around them, 0 for all at once. In a space whose coding starts anew after a chunk windows are whole
@@ -231,6 +237,7 @@ def windowed(
 
     Args:
         read: latent frames start to stop, "1 c n y x".
+        sampling: further options of the decoder's ``decode``.
     """
     context, space = CONTEXT, model.space
     if space.chunk is not None:
@@ -242,11 +249,26 @@ def windowed(
         left, right = max(start - context, 0), min(stop + context, num_latents)
         generator = torch.Generator(model.device).manual_seed(seed + start)
         latent = read(left, right).to(model.device)
-        video = model.decode(latent, reference=reference, generator=generator)
+        video = model.decode(latent, reference=reference, generator=generator, **(sampling or {}))
         before = space.pixel_frames(start - left) if start > left else 0
         cut = video[:, :, before : space.pixel_frames(stop - left), : size[0], : size[1]]
         for some in cut.split(8, dim=2):
             yield to_bytes(some)
+
+
+def at_once(
+    model: Exported,
+    latent: Float[Tensor, "1 c n y x"],
+    reference: Tensor | None,
+    seed: int,
+    sampling: Mapping[str, Any],
+) -> Iterator[UInt8[np.ndarray, "t h w 3"]]:
+    """The frames of one clip, bytes, decoded as a whole: at times of their own choice, which no stream has. Memory grows with the
+    clip and with the number of frames."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    video = model.decode(latent.to(model.device), reference=reference, generator=generator, **sampling)
+    for some in video.split(8, dim=2):
+        yield to_bytes(some)
 
 
 def to_bytes(video: Float[Tensor, "1 3 t h w"]) -> UInt8[np.ndarray, "t h w 3"]:

@@ -39,24 +39,35 @@ def plan(options: Namespace) -> list[Job]:
     sources = find(options.inputs, LATENT_SUFFIXES if options.command == "decode" else VIDEO_SUFFIXES)
     suffix = {"latents": ".safetensors", "raw": ".rgb", "png": ""}.get(form) or _suffix(options, form)
     several = len(sources) > 1 or Path(options.inputs[0]).is_dir() and not _is_images(Path(options.inputs[0]))
+    if several and options.out != STDOUT and not _is_folder(options.out):
+        raise UsageError(
+            f"{options.out} names one file, and a folder or several inputs go into a folder: -o {_stem(options.out)}/"
+        )
     jobs: dict[str, Job] = {}
     for source, name in sources:
         target = (
             options.out if not several and _is_file(options.out, form) else os.path.join(options.out, name + suffix)
         )
         if target in jobs:
+            if os.path.samefile(jobs[target].source, source):
+                raise UsageError(f"{source} is given twice")
             raise UsageError(f"{jobs[target].source} and {source} would both become {target}; rename one of them")
         jobs[target] = Job(str(source), target, form)
     if options.out == STDOUT and several:
         raise UsageError(f"{len(sources)} inputs cannot all go to standard output; give one, or a folder with -o")
-    if options.out == STDOUT and sys.stdout.isatty():
+    if options.out == STDOUT and form != "latents" and sys.stdout.isatty():
         raise UsageError("raw RGB is not for a terminal: pipe it into another program, or name a file with -o")
     for job in jobs.values():
         _check_target(job, options)
     if (scores := getattr(options, "json", None)) is not None:
         if scores.is_dir():
             raise UsageError(f"--json {scores} is a folder; name a file")
+        if scores.exists() and not options.overwrite:
+            raise UsageError(f"--json {scores} is there already; --overwrite replaces it")
+        if str(scores) in jobs:
+            raise UsageError(f"--json {scores}: a video goes there; name another file")
         _check_writable(scores)
+    _spare_inputs([*jobs, *([] if scores is None else [str(scores)])], [job.source for job in jobs.values()])
     return list(jobs.values())
 
 
@@ -124,11 +135,30 @@ def _is_file(out: str, form: str) -> bool:
     return bool(os.path.splitext(out)[1])
 
 
+def _is_folder(out: str) -> bool:
+    """Whether ``-o`` can be the folder that several results go into: nothing that is called like a video or latents."""
+    named = Path(out).suffix.lower() in (*SUFFIXES, *LATENT_SUFFIXES, *RAW_SUFFIXES)
+    return out.endswith(os.sep) or os.path.isdir(out) or not named
+
+
+def _stem(out: str) -> str:
+    return os.path.splitext(out)[0]
+
+
 def _check_target(job: Job, options: Namespace) -> None:
     """Raise UsageError or OutputError for a result that cannot be written."""
     if job.target == STDOUT:
+        if job.form == "latents":
+            raise UsageError("-o -: latents go into a file or a folder, not to standard output; name one with -o")
         return
     target = Path(job.target)
+    if job.form in ("png", "raw") and target.suffix.lower() in SUFFIXES:
+        said = (
+            "png writes a folder of images; name a folder"
+            if job.form == "png"
+            else "raw RGB is no video; name a .rgb file"
+        )
+        raise UsageError(f"{target}: --format {said}")
     if job.form == "latents" and target.suffix != ".safetensors":
         raise UsageError(f"{target}: latents are written as .safetensors")
     if job.form == "video":
@@ -143,9 +173,17 @@ def _check_target(job: Job, options: Namespace) -> None:
             raise UsageError(f"{target} is a folder; name a file")
         if not options.overwrite:
             raise UsageError(f"{target} is there already; --overwrite replaces it")
-        if os.path.samefile(target, job.source):
-            raise UsageError(f"{target} is the input itself; name another output")
     _check_writable(target)
+
+
+def _spare_inputs(targets: list[str], sources: list[str]) -> None:
+    """Raise UsageError where a result would replace a file that is read: its own input, or one that comes later."""
+    read = {(found.st_dev, found.st_ino) for found in map(os.stat, sources)}
+    for target in targets:
+        if target != STDOUT and os.path.exists(target):
+            found = os.stat(target)
+            if (found.st_dev, found.st_ino) in read:
+                raise UsageError(f"{target} is an input itself; name another output")
 
 
 def _check_writable(target: Path) -> None:

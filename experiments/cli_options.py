@@ -1,6 +1,9 @@
 """What ``experiments/cli.py`` can be asked: its options, with examples."""
 
 import argparse
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,6 +13,7 @@ MODEL = (
     "an exported decoder's folder (make export), a hub id user/name, a run's folder or one of its weights' files, a diffusers "
     "autoencoder's folder, or wan_mini, which comes with the code"
 )
+SAMPLED = ("steps", "times", "extension", "skip")  # what families' decoders take, which --sampling gives them
 EXAMPLES = """examples:
   latent2pixel reconstruct wan_mini film.mp4 -o again.mp4          # video in, video and PSNR, SSIM out
   latent2pixel encode wan_mini film.mp4 -o film.safetensors        # video to latents
@@ -32,6 +36,7 @@ DECODE = """examples:
   latent2pixel decode my_export latents/ -o films/ --codec h265 --crf 20
   latent2pixel decode my_export film.safetensors -o frames/ --format png
   latent2pixel decode my_export film.safetensors -o film.mkv --audio film_with_sound.mp4
+  latent2pixel decode my_regen film.safetensors -o film.mp4 --sampling steps=4 --seed 1
   latent2pixel decode my_export film.safetensors -o - | ffmpeg -f rawvideo -pixel_format rgb24 -video_size 832x480 \\
       -framerate 16 -i - film.webm                                        # raw RGB; sizes are printed before
 """
@@ -45,6 +50,21 @@ INFO = """examples:
   latent2pixel info film.safetensors
   latent2pixel info film.mp4
 """
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """A command line (default: the process's). SystemExit, after a line on stderr that names the nearest right thing."""
+    options, rest = parser().parse_known_args(arguments)
+    if rest:
+        known = re.findall(r"--[a-z-]+", options.parser.format_usage())
+        odd = rest[0].partition("=")[0]
+        hint = f"latent2pixel {options.command} --help lists what there is"
+        if odd.lstrip("-") in SAMPLED and "--sampling" in known:
+            hint = f"did you mean --sampling {odd.lstrip('-')}=...?"
+        elif near := get_close_matches(odd, known, n=1):
+            hint = f"did you mean {near[0]}?"
+        options.parser.error(f"unrecognized argument {rest[0]}; {hint}")
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,7 +88,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _command(commands, name: str, about: str, examples: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    return commands.add_parser(name, help=about, description=about, epilog=examples, formatter_class=raw)
+    made = commands.add_parser(name, help=about, description=about, epilog=examples, formatter_class=raw)
+    made.set_defaults(parser=made)  # whose usage is shown with a mistake
+    return made
 
 
 def _computing(p: argparse.ArgumentParser) -> None:
@@ -110,6 +132,15 @@ def _pixels(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, help="of a decoder that draws noise; default: the latents' own, else 0")
     group.add_argument(
+        "--sampling",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of a decoder that has such options (info names them), as often as needed. REGEN: steps=4 of its sampler, "
+        "extension=true against seams and, in decode, the frames at times=0,0.5,1,1.5 (numbers of the clip's frames, between "
+        "them too), all in memory at once, shown at --fps. RefDecoder: skip=true decodes without the reference's attention",
+    )
+    group.add_argument(
         "--window",
         type=int,
         default=16,
@@ -143,7 +174,7 @@ def _decode(p: argparse.ArgumentParser) -> None:
         help="what the latents are, whatever their files say and their values look like",
     )
     p.add_argument("--any-space", action="store_true", help="do not compare the fingerprints of latent spaces")
-    p.add_argument("--audio", metavar="FILE", help="copy this file's audio beside the frames")
+    p.add_argument("--audio", metavar="FILE", help="copy this file's audio, if it has any, beside the frames")
     _pixels(p)
     _computing(p)
 
@@ -152,8 +183,8 @@ def _reconstruct(p: argparse.ArgumentParser) -> None:
     _files(p, "videos, a folder of videos, or a folder of images", "a video, a folder, or - for standard output")
     _encoding(p)
     p.add_argument("--metrics", default="psnr,ssim", help="psnr, psnr_video, ssim, or none; default psnr,ssim")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the scores")
-    p.add_argument("--audio", action="store_true", help="copy the video's audio beside the frames")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the scores; a file that is there needs --overwrite")
+    p.add_argument("--audio", action="store_true", help="copy the video's audio, if it has any, beside the frames")
     _pixels(p)
     _computing(p)
 

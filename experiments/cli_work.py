@@ -2,7 +2,7 @@
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,19 @@ from datamodules.stills import load_reference, tell_fit
 from datamodules.transforms import to_video
 from decoders.exported import Exported, ExportError, load
 from experiments import cli_coding as coding
+from experiments.cli_checks import (
+    NONE,
+    check_audio,
+    check_numbers,
+    check_sampling,
+    device_of,
+    has_sound,
+    metrics_of,
+)
 from experiments.cli_files import Job, UsageError
 from experiments.video_in import Film, frames_at, open_film
 from experiments.video_out import Sink, png_folder, raw_pipe, video_file
 
-NONE = "none"
 SCORED = 8  # frames that are compared at a time
 RECONSTRUCTED = (
     17  # frames of a chunk where encoder or decoder has no stream, as RefDecoder's released inference has it
@@ -33,15 +41,18 @@ One = Callable[[Job], dict[str, Any]]
 
 def prepare(options: Namespace) -> tuple[One, Exported]:
     """What does one job, and the model. Raises UsageError for what cannot work for any file."""
-    device = _device(options)
-    metrics = _metrics(options) if options.command == "reconstruct" else []
-    _check_numbers(options)
+    device = device_of(options)
+    metrics = metrics_of(options) if options.command == "reconstruct" else []
+    check_numbers(options)
+    if options.command == "decode":
+        check_audio(options.audio)
     model = load_model(options)
+    sampling = check_sampling(model, options) if options.command != "encode" else {}
     wanted = getattr(options, "reference", None)
     if wanted not in (None, NONE) and not model.uses_reference:
         raise UsageError(f"--reference {wanted}: {model.family} looks at no reference; leave it out")
     if options.command == "decode":
-        return (lambda job: decode(job, model, options)), model
+        return (lambda job: decode(job, model, options, sampling)), model
     try:
         if options.chunk is not None:
             model.space.latent_frames(options.chunk)  # names the nearest that are
@@ -58,7 +69,7 @@ def prepare(options: Namespace) -> tuple[One, Exported]:
         raise UsageError(str(error)) from None
     if options.command == "encode":
         return (lambda job: encode(job, encoder, model, options)), model
-    return (lambda job: reconstruct(job, encoder, model, options, metrics)), model
+    return (lambda job: reconstruct(job, encoder, model, options, metrics, sampling)), model
 
 
 def load_model(options: Namespace) -> Exported:
@@ -66,44 +77,9 @@ def load_model(options: Namespace) -> Exported:
     name = getattr(options, "model", None) or options.what
     try:
         dtype = getattr(torch, options.dtype)
-        return load(name, dtype=dtype, device=_device(options), revision=options.revision)
+        return load(name, dtype=dtype, device=device_of(options), revision=options.revision)
     except (ExportError, FileNotFoundError) as error:
         raise UsageError(f"{name}: {error}".replace(f"{name}: {name}", name)) from None
-
-
-def _device(options: Namespace) -> str:
-    if options.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=options.device).item()  # is it there, and can it hold numbers (meta cannot)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        known = options.device.partition(":")[0] in ("cpu", "cuda")
-        reason = "there is no such device here" if known else str(error).splitlines()[0][:80]
-        raise UsageError(f"--device {options.device}: {reason}; cpu, cuda or cuda:1") from None
-    return options.device
-
-
-def _metrics(options: Namespace) -> list[Any]:
-    from metrics.image import Psnr, PsnrVideo, Ssim
-
-    known = {metric.name: metric for metric in (Psnr, PsnrVideo, Ssim)}
-    names = [] if options.metrics == NONE else [name.strip() for name in options.metrics.split(",")]
-    if odd := [name for name in names if name not in known]:
-        raise UsageError(f"--metrics {odd[0]}: {', '.join(known)} or none; make evaluate has the others")
-    return [known[name]() for name in names]
-
-
-def _check_numbers(options: Namespace) -> None:
-    fps, chunk, window = (getattr(options, name, None) for name in ("fps", "chunk", "window"))
-    if fps is not None and not 0 < fps <= 1000:
-        raise UsageError(f"--fps {fps:g} must lie above 0, and up to 1000")
-    if chunk is not None and chunk < 1:
-        raise UsageError(f"--chunk {chunk} must be 1 or more")
-    if window is not None and window < 0:
-        raise UsageError(f"--window {window} must be 1 or more, or 0 for all latent frames at once")
-    seed = getattr(options, "seed", None)
-    if seed is not None and not 0 <= seed < 2**63:
-        raise UsageError(f"--seed {seed} must lie in 0 to 2^63 - 1")
 
 
 # ---- one file
@@ -132,7 +108,7 @@ def encode(job: Job, encoder: coding.Encoder, model: Exported, options: Namespac
     return {"frames": film.num_frames, "latent_frames": writer.num_latent_frames}
 
 
-def decode(job: Job, model: Exported, options: Namespace) -> dict[str, Any]:
+def decode(job: Job, model: Exported, options: Namespace, sampling: Mapping[str, Any]) -> dict[str, Any]:
     """A file of latents as video. Raises BadFile, ExportError, OutputError, OSError."""
     space = model.space
     statistics = None if space.mean is None else (space.mean, space.std)
@@ -148,15 +124,20 @@ def decode(job: Job, model: Exported, options: Namespace) -> dict[str, Any]:
     reference = _image(model, options, find_reference(job.source, h.image), size)
     seed = options.seed if options.seed is not None else h.seed or 0
     whole = tuple(side * space.stride_hw for side in (h.rows, h.columns))
-    if model.can_stream:
+    if "times" in sampling:
+        if len(lengths) > 1:
+            raise BadFile("is coded in pieces, whose times are not those of one clip: encode it without --chunk")
+        latent, total = reader.read(0, h.frames)[None], len(sampling["times"])
+        frames = coding.at_once(model, latent, reference, seed, sampling)
+    elif model.streams(sampling):
         starts = {sum(lengths[:i]) for i in range(len(lengths))}
         parts = (coding.Part(latent[None], number in starts) for number, latent in enumerate(reader))
-        frames = coding.streamed(model, parts, whole, reference, seed)
+        frames = coding.streamed(model, parts, whole, reference, seed, sampling)
     else:
-        frames = _windows(model, reader, lengths, whole, reference, seed, options)
-    seconds = None if options.fps else reader.seconds
+        frames = _windows(model, reader, lengths, whole, reference, seed, options, sampling)
+    seconds = None if options.fps or "times" in sampling else reader.seconds
     written = 0
-    with _progress(job, total, options) as bar, _sink(job, fps or 1, options, options.audio) as sink:
+    with _progress(job, total, options) as bar, _sink(job, fps or 1, options, _sound(options.audio, options)) as sink:
         for piece in coding.limited(frames, total):
             piece = piece[:, : size[0], : size[1]]
             if written == 0 and job.form == "raw":
@@ -171,12 +152,17 @@ def decode(job: Job, model: Exported, options: Namespace) -> dict[str, Any]:
 
 
 def reconstruct(
-    job: Job, encoder: coding.Encoder, model: Exported, options: Namespace, metrics: list[Any]
+    job: Job,
+    encoder: coding.Encoder,
+    model: Exported,
+    options: Namespace,
+    metrics: list[Any],
+    sampling: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A video encoded, decoded, written and scored. Raises BadFile, ExportError, OutputError, OSError."""
     film = open_film(job.source, options.fps)
     _tell_padding(film, model, options)
-    chunk = _chunk(encoder, film, options, alone=not model.can_stream)
+    chunk = _chunk(encoder, film, options, alone=not model.streams(sampling))
     reference = _reference(film, model, options)
     size = film.height, film.width
     multiple = model.size_multiple
@@ -186,12 +172,12 @@ def reconstruct(
     parts = coding.encoded(encoder, truth, film.num_frames, multiple, chunk)
     seed = options.seed or 0
     frames = (
-        coding.streamed(model, parts, whole, reference, seed)
-        if model.can_stream
-        else _alone(model, parts, whole, reference, seed)
+        coding.streamed(model, parts, whole, reference, seed, sampling)
+        if model.streams(sampling)
+        else _alone(model, parts, whole, reference, seed, sampling)
     )
     written = 0
-    audio = job.source if options.audio else None
+    audio = _sound(job.source if options.audio else None, options)
     with _progress(job, film.num_frames, options) as bar, _sink(job, film.fps, options, audio) as sink:
         for piece in coding.limited(frames, film.num_frames):
             piece = piece[:, : size[0], : size[1]]
@@ -207,13 +193,18 @@ def reconstruct(
 
 
 def _alone(
-    model: Exported, parts: Iterable[coding.Part], size: tuple[int, int], reference: Tensor | None, seed: int
+    model: Exported,
+    parts: Iterable[coding.Part],
+    size: tuple[int, int],
+    reference: Tensor | None,
+    seed: int,
+    sampling: Mapping[str, Any],
 ) -> Iterator[np.ndarray]:
     """Every part decoded by itself: chunks of a video through a decoder without a stream."""
     for number, part in enumerate(parts):
         n = part.latent.shape[2]
         yield from coding.windowed(
-            model, lambda a, b, part=part: part.latent[:, :, a:b], n, size, reference, seed + number, 0
+            model, lambda a, b, part=part: part.latent[:, :, a:b], n, size, reference, seed + number, 0, sampling
         )
 
 
@@ -225,6 +216,7 @@ def _windows(
     reference: Tensor | None,
     seed: int,
     options: Namespace,
+    sampling: Mapping[str, Any],
 ) -> Iterator[np.ndarray]:
     if options.window and max(lengths) > options.window:
         _tell(
@@ -235,7 +227,7 @@ def _windows(
     start = 0
     for n in lengths:
         read = lambda a, b, start=start: reader.read(start + a, start + b)[None]  # noqa: E731
-        yield from coding.windowed(model, read, n, size, reference, seed + start, options.window)
+        yield from coding.windowed(model, read, n, size, reference, seed + start, options.window, sampling)
         start += n
 
 
@@ -364,6 +356,14 @@ def _sink(job: Job, fps: float, options: Namespace, audio: str | None) -> Abstra
     if job.form == "png":
         return png_folder(Path(job.target))
     return video_file(Path(job.target), fps, options.codec, options.crf, audio)
+
+
+def _sound(path: str | None, options: Namespace) -> str | None:
+    """Whose audio is copied; None: nobody's, which is told where it was asked for."""
+    if path is None or has_sound(path):
+        return path
+    _tell(options, f"{path}: it has no sound; the video is written without")
+    return None
 
 
 def _progress(job: Job, total: int, options: Namespace) -> tqdm:

@@ -13,7 +13,7 @@ import importlib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -115,6 +115,19 @@ def _drop_nulls(node: Any, hint: Any) -> Any:
         hint = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
     resets = {key for key, type_ in hint.items() if dataclasses.is_dataclass(type_) or typing.get_origin(type_) is dict}
     return {key: _drop_nulls(v, hint.get(key)) for key, v in node.items() if v is not None or key not in resets}
+
+
+def check_own(arguments: Sequence[str], own: Collection[str]) -> None:
+    """Raise ConfigError for a ``key=value`` that is no key of an experiment and nearest to an option of the command's ``own``. Other
+    unknown keys are told, with their nearest, when the experiment is loaded."""
+    keys = [field.name for field in dataclasses.fields(Experiment)]
+    for text in arguments:
+        key, equals, _ = text.partition("=")
+        if not equals or "." in key or key in own or key in keys:
+            continue
+        near = get_close_matches(key, [*own, *keys], n=1)
+        if near and near[0] in own:
+            raise ConfigError(f"{key}: no such option or key; did you mean {near[0]}?")
 
 
 def _merge(schema: DictConfig, raw: dict[str, Any], layers: list[tuple[str, dict[str, Any]]]) -> DictConfig:

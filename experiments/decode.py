@@ -11,7 +11,8 @@
                times=[0,0.5,1,1.5,2] has frames between frames; numbers before 0 and after the last frame extrapolate
     device     cpu or cuda; default: cuda where there is one
 
-Everything else is an override of the experiment, and part of the run's name as in training. A decoder that draws noise gets
+Everything else is an override of the experiment, and part of the run's name as in training; objective.steps and
+objective.extension (REGEN's sampler) that no run was trained with say how the run without them decodes. A decoder that draws noise gets
 a generator of its own for each file, seeded from its metadata, and a decoder that looks at a reference the image
 that lies beside the latent. A file that cannot be decoded is told with the reason, and the next one is taken.
 """
@@ -40,12 +41,13 @@ from experiments import weights as weights_of
 from experiments.callbacks import to_uint8
 from experiments.checkpoints import DiskFull, write_atomically, write_table
 from experiments.compose import ConfigError, parse_overrides, run_cli
-from experiments.config import load, require_paths
-from experiments.runs import run_name
+from experiments.config import check_own, load, require_paths
+from experiments.runs import run_dir, run_name
 from experiments.train import build, choose_precision, quiet
 from experiments.video_out import write_video
 
 REPORT = "decode.csv"
+HOW = ("objective.steps=", "objective.extension=")  # a run decodes so, and learns nothing by it
 
 
 @dataclass
@@ -112,6 +114,7 @@ class Unfit(ValueError):
 def split_options(arguments: Sequence[str], kind: type[DecodeConfig] = DecodeConfig) -> tuple[DecodeConfig, list[str]]:
     """The command's own options, and the overrides of the experiment. Raises ConfigError."""
     own = {field.name for field in fields(kind)} - {"source"} | {"in"}
+    check_own(arguments, own)
     typed = [argument.partition("=") for argument in arguments]
     values = {"source" if key == "in" else key: text for key, equals, text in typed if equals and key in own}
     if "times" in values:
@@ -147,11 +150,18 @@ def load_decoder(name: str, overrides: Sequence[str], weights: str | None, devic
     experiment = load(name, overrides)
     experiment.data.train, experiment.data.val = {}, {}
     require_paths(experiment)
-    file = weights_of.find(experiment, run_name(name, overrides), weights)
+    file = weights_of.find(experiment, _run(name, overrides), weights)
     experiment.ema = None  # the file holds one set of weights
     decoder = build(experiment)
     about = weights_of.fill(decoder, experiment, file, weights)
     return decoder.eval().to(device), f"{file or about['file']} (step {about['step']})"
+
+
+def _run(name: str, overrides: Sequence[str]) -> str:
+    """The run of these overrides, else the one that was trained without those that only say how it decodes."""
+    if run_dir(name, overrides).is_dir():
+        return run_name(name, overrides)
+    return run_name(name, [text for text in overrides if not text.startswith(HOW)])
 
 
 def check_fit(decoder: VideoDecoder, header: LatentHeader) -> tuple[int, int, int]:

@@ -42,7 +42,7 @@ from experiments import sets as sets_of
 from experiments import weights as weights_of
 from experiments.callbacks import Progress
 from experiments.compose import ConfigError, run_cli
-from experiments.config import Experiment, as_dict, load, require_paths
+from experiments.config import Experiment, as_dict, check_own, load, require_paths
 from experiments.resumed import Resumed, code, identity
 from experiments.runs import CONFIG, LONGEST_NAME, run_dir, run_name
 from experiments.sets import another_shape, check_sets, require_sets
@@ -338,6 +338,7 @@ def main(arguments: list[str]) -> None:
     name, *rest = arguments
     options = dict(text.split("=", 1) for text in rest if text.startswith(("weights=", "sets=")))
     sets = options.get("sets")
+    check_own(rest, ("weights", "sets"))
     wanted = None if sets is None else [one.strip() for one in sets.strip("[]").split(",") if one.strip()]
     overrides = [text for text in rest if not text.startswith(("weights=", "sets="))]
     evaluate(name, overrides, options.get("weights"), wanted)

@@ -43,7 +43,7 @@ from experiments import hub, model_card
 from experiments import weights as weights_of
 from experiments.bench_all import read_options
 from experiments.compose import ConfigError, flatten, run_cli
-from experiments.config import Experiment, as_dict, load, require_paths, with_defaults
+from experiments.config import Experiment, as_dict, check_own, load, require_paths, with_defaults
 from experiments.measured import require_folder
 from experiments.model_card import EVALUATION
 from experiments.runs import CONFIG, DONE, is_neutral, run_dir, run_name
@@ -257,6 +257,7 @@ def main(arguments: list[str]) -> int:
     names = [text for text in arguments if "=" not in text]
     typed = [text for text in arguments if text.partition("=")[0] in own]
     overrides = [text for text in arguments if "=" in text and text not in typed]
+    check_own(overrides, own)
     config = read_options(typed, ExportConfig)
     if len(names) > 1 or (not names and not (config.out and config.hub)):
         raise ConfigError(

@@ -42,7 +42,7 @@ from decoders.scoring import Clips, Row, mean_score
 from experiments import weights as weights_of
 from experiments.bench import device_name
 from experiments.compose import ConfigError, run_cli
-from experiments.config import Experiment, load, require_paths
+from experiments.config import Experiment, check_own, load, require_paths
 from experiments.evaluate import require_files
 from experiments.measured import markdown, require_folder, write
 from experiments.runs import run_name
@@ -265,6 +265,7 @@ def _difference(found: dict[str, float | None] | None) -> str:
 def split_options(arguments: Sequence[str]) -> tuple[QuantiseOptions, list[str]]:
     """The command's own options, and the overrides of the experiment. Raises ConfigError."""
     own = {item.name for item in fields(QuantiseOptions)}
+    check_own(arguments, own)
     values = {key: text for key, equals, text in (a.partition("=") for a in arguments) if equals and key in own}
     try:
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QuantiseOptions), values))

@@ -11,7 +11,7 @@
                cut back; default error
     weights, overwrite, crf, fps, device   as for decode; fps by default is the video's own
 
-Everything else is an override of the experiment, and part of the run's name as in training. Memory does not grow with a
+Everything else is an override of the experiment, as for decode. Memory does not grow with a
 video's length: it is that of one chunk. A decoder that draws noise gets a generator of its own for each file, seeded from its
 name. A file that cannot be decoded is told with the reason, and the next one is taken.
 """

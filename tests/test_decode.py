@@ -280,6 +280,25 @@ def test_frames_are_decoded_at_the_times_that_are_asked_for(regen, tmp_path):
     assert "3 frames of 32x48 at times -1 to 3, 16 fps" in report(some)["a"]["detail"]
 
 
+def test_a_run_decodes_with_other_steps_than_it_was_trained_with(regen, tmp_path):
+    """As `make evaluate objective.steps=4` has it: they are no part of the run's name, unless a run was trained with them."""
+    command, steps = ["regen_debug", f"in={regen}", "crf=0"], ["objective.steps=4", "objective.extension=true"]
+    assert decode.main([*command, f"out={tmp_path / 'one'}"]) == 0
+    assert decode.main([*command, f"out={tmp_path / 'four'}", *steps]) == 0
+    one, four = (frames_of(tmp_path / name / "a.mp4") for name in ("one", "four"))
+    assert one.shape == four.shape and not np.array_equal(one, four)
+    decoder, about = decode.load_decoder("regen_debug", steps, None, "cpu")
+    assert decoder.objective.steps == 4 and decoder.objective.extension and f"{run_dir('regen_debug').name}/" in about
+    run_dir("regen_debug", steps).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="objective.steps=4"):  # a run of its own, which has no weights yet
+        decode.load_decoder("regen_debug", steps, None, "cpu")
+
+
+def test_an_option_that_is_mistyped_is_the_nearest_of_the_commands_own():
+    with pytest.raises(ConfigError, match="tmes: .* did you mean times"):
+        decode.main(["regen_debug", "in=.", "out=y", "tmes=[0]"])
+
+
 def test_times_far_outside_are_warned_of(regen, tmp_path):
     with pytest.warns(UserWarning, match="go more than 4 frames outside the clip of 0 to 9"):
         assert decode.main(["regen_debug", f"in={regen}", f"out={tmp_path / 'far'}", "times=[0,30]"]) == 0

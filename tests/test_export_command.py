@@ -241,6 +241,9 @@ def test_scores_of_other_weights_are_not_told(tmp_path):
         (["out=somewhere", "hub=user/name", "yes=true", "weights=best"], "sent as it is"),
         (["out=no-such-folder", "hub=user/name", "yes=true"], "no-such-folder"),
         (["flashdecoder_debugg"], "did you mean"),
+        ([NAME, "licnce=mit"], "did you mean licence?"),
+        ([NAME, "wieghts=best"], "did you mean weights?"),
+        ([NAME, "sede=1"], "did you mean seed?"),
         (["flashdecoder_demo"], "has not been trained"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -38,7 +39,11 @@ class RegenSampling(Sampling):
 
 
 class ExportedRegen(Exported):
-    """``decode`` takes ``times``, ``steps`` and ``extension`` as :meth:`decoders.regen.model.RegenDecoder.decode`."""
+    """``decode`` takes ``times``, ``steps`` and ``extension`` as :meth:`decoders.regen.model.RegenDecoder.decode`, a stream the last
+    two."""
+
+    sampling_options = ("times", "steps", "extension")
+    stream_options = ("steps", "extension")
 
     @property
     def can_stream(self) -> bool:
@@ -52,17 +57,35 @@ class ExportedRegen(Exported):
         generator: Any,
         **sampling: Any,
     ) -> Tensor:
-        self._refuse(sampling, ("times", "steps", "extension"))
-        chosen = self._chosen() | {name: value for name, value in sampling.items() if value is not None}
-        return self.network.decode(latent, generator=generator or self._noise(), **chosen)
+        return self.network.decode(latent, generator=generator or self._noise(), **self._chosen(sampling))
 
-    def _start_stream(self, batch_size: int, height: int, width: int, reference: Any, generator: Any) -> Any:
+    def check_sampling(self, sampling: Mapping[str, Any]) -> None:
+        """As in the base; and values that no clip can be decoded with."""
+        super().check_sampling(sampling)
+        steps, extension, times = (sampling.get(name) for name in ("steps", "extension", "times"))
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ExportError(f"steps={steps} must be a whole number, 1 or more")
+        if extension is not None and not isinstance(extension, bool):
+            raise ExportError(f"extension={extension} must be true or false")
+        if times is None:
+            return
+        if not _are_times(times):
+            raise ExportError("times must be one or more finite numbers, in frames of the clip, such as [0,0.5,1]")
+        if self._chosen(sampling)["extension"]:
+            said = "leave times out, or extension" if extension else "with times give extension=false too"
+            raise ExportError(f"extension joins whole chunks, and times ask for single frames: {said}")
+
+    def _start_stream(
+        self, batch_size: int, height: int, width: int, reference: Any, generator: Any, **sampling: Any
+    ) -> Any:
         return self.network.start_stream(
-            batch_size, height, width, generator=generator or self._noise(), **self._chosen()
+            batch_size, height, width, generator=generator or self._noise(), **self._chosen(sampling)
         )
 
-    def _chosen(self) -> dict[str, Any]:
-        return {name: self.sampling[name] for name in ("steps", "extension")}
+    def _chosen(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """What was asked, over how the run decoded."""
+        own = {name: self.sampling[name] for name in self.stream_options}
+        return own | {name: value for name, value in sampling.items() if value is not None}
 
     def _noise(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.sampling["noise_seed"])
@@ -76,6 +99,15 @@ class ExportedRegen(Exported):
                 mean = draw(mean, log_variance.float().clamp(*LOG_VARIANCE_RANGE), generator)
             latents.append(mean.float())
         return torch.cat(latents, dim=2)
+
+
+def _are_times(times: Any) -> bool:
+    if isinstance(times, Tensor):
+        return times.ndim == 1 and bool(times.numel()) and bool(times.isfinite().all())
+    try:
+        return len(times) > 0 and all(isfinite(float(time)) for time in times)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def describe(decoder: Any) -> tuple[dict[str, Any], dict[str, Any]]:

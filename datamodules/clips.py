@@ -146,7 +146,7 @@ class ClipData(LightningDataModule):
     def _index(self, source: str) -> SourceIndex:
         if source not in self._indexes:
             index = build_index(source, self.config.sources[source], self.config.cache_dir)
-            self.quarantine.add_indexed(index.bad, index.num_found, f"data.sources.{source}")
+            self.quarantine.add_indexed(index.bad, index.num_bad, index.num_found, f"data.sources.{source}")
             self._indexes[source] = index
         return self._indexes[source]
 

@@ -32,7 +32,10 @@ class NotNormalised(ValueError):
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """The usable files of a source. Arrays have one entry per file; ``bad`` lists (path, reason) of the others."""
+    """The usable files of a source. Arrays have one entry per file; ``bad`` lists (path, reason) of the others.
+
+    ``num_lost``: clips of shards that end early, beyond those that ``bad`` lists, where it is known what the shards had.
+    """
 
     name: str
     config: SourceConfig
@@ -51,15 +54,21 @@ class SourceIndex:
     latents: Names | None = None  # edits that have some; then also
     latent_sizes: np.ndarray | None = None  # (frames, height, width) in pixels, of each
     categories: Names | None = None  # of lists with a column of that name
+    num_lost: int = 0
     spaces: Counter = field(default_factory=Counter)  # latents: how many files name which space; "" names none
 
     def __len__(self) -> int:
         return len(self.width)
 
     @property
+    def num_bad(self) -> int:
+        """Files and clips of shards that cannot be read."""
+        return len(self.bad) + self.num_lost
+
+    @property
     def num_found(self) -> int:
         """Files that were found, the unreadable ones included."""
-        return len(self) + len(self.bad)
+        return len(self) + self.num_bad
 
 
 def cache_folder(configured: str | None) -> Path:
@@ -139,6 +148,7 @@ def _with_shards(index: SourceIndex, tars: list[Tar], folder: Path, num_threads:
         names=Chain(index.names, clips.names),
         checked=np.concatenate([index.checked, np.ones(len(clips.paths), bool)]),
         bad=[*index.bad, *clips.bad],
+        num_lost=clips.num_lost,
         **more,
     )
 

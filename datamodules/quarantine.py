@@ -7,7 +7,9 @@ The rule. Of n clips that were asked for, k needed a replacement. The run stops 
 that is, as soon as k cannot be bad luck at the tolerated share. One bad file in ten passes with max_bad_share 0.1, at any
 point of the run; at the default of 0.05 a disk that lost half its films stops the run within some 20 clips; and a disk that is gone
 stops it at the first clip, because none of its replacements can be read either (reader.NoneReadable). Files that were
-found unreadable when the index was made are never asked for; their share is held against p on its own, at the start.
+found unreadable when the index was made are never asked for; their share is held against p on its own, at the start. Of a tar
+shard that ends early all clips count that are lost with its end, where index.json or an earlier look at it says which; else it
+counts as one.
 """
 
 import json
@@ -53,15 +55,20 @@ class Quarantine:
             self._entries[path] = {"path": path, "reason": reason, "count": 0}
         self._entries[path]["count"] += 1
 
-    def add_indexed(self, bad: list[tuple[str, str]], num_found: int, where: str) -> None:
-        """Note files found unreadable when a source was indexed. Raises TooManyBadFiles."""
+    def add_indexed(self, bad: list[tuple[str, str]], num_bad: int, num_found: int, where: str) -> None:
+        """Note files found unreadable when a source was indexed. Raises TooManyBadFiles.
+
+        Args:
+            num_bad: how many they are; more than ``bad`` lists where one entry stands for all that a shard has lost.
+            num_found: those that can be read included.
+        """
         for path, reason in bad:
             if path not in self._entries:
                 self.add(path, reason)
         if bad:
             self.save()
-        if len(bad) > self.max_bad_share * num_found:
-            raise TooManyBadFiles(self._message(f"{where}: {len(bad)} of {num_found} files are unreadable", bad))
+        if num_bad > self.max_bad_share * num_found:
+            raise TooManyBadFiles(self._message(f"{where}: {num_bad} of {num_found} files are unreadable", bad))
 
     def update(self, num_asked: int, failures: list[tuple[str, str]], num_replaced: int) -> None:
         """Account for a batch of ``num_asked`` clips of which ``num_replaced`` were replaced. Raises TooManyBadFiles."""

@@ -28,12 +28,23 @@ from datamodules.faults import OUR_FAULT, BadFile
 from datamodules.names import Names
 from datamodules.probe import Info, file_stamp, inspect_image, inspect_video
 from datamodules.shards import Member
-from datamodules.shards_cache import COLUMNS, Clips, digest, load_clips, load_stamps, no_clips, save_clips, write
-from datamodules.shards_json import Packed, read_index
+from datamodules.shards_cache import (
+    COLUMNS,
+    Clips,
+    digest,
+    load_clips,
+    load_stamps,
+    no_clips,
+    save_clips,
+    shown,
+    with_lost,
+    write,
+)
+from datamodules.shards_json import FILE, Packed, read_index
 from datamodules.shards_tar import Bytes, Entry, opened, unsafe, walk
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of what is kept: raise it when other things are found in the same shard
+VERSION = 2  # of what is kept: raise it when other things are found in the same shard
 NUM_DOWNLOADS = 4  # shards of servers that are gone through at once
 
 
@@ -73,12 +84,16 @@ class MemberList(Sequence):
 
 @dataclass(frozen=True)
 class ShardClips:
-    """All clips of a source's shards: their paths, their names, ``columns`` (COLUMNS without the place), what is bad."""
+    """All clips of a source's shards: their paths, their names, ``columns`` (COLUMNS without the place), what is bad.
+
+    ``num_lost``: clips of shards that end early or cannot be read, beyond those that ``bad`` lists.
+    """
 
     paths: MemberList
     names: MemberList
     columns: dict[str, np.ndarray]
     bad: list[tuple[str, str]]
+    num_lost: int
 
 
 def index_shards(source: str, tars: list[Tar], look: "Look", keep: Callable[[str], bool] | None = None) -> ShardClips:
@@ -87,7 +102,11 @@ def index_shards(source: str, tars: list[Tar], look: "Look", keep: Callable[[str
     Raises Unreachable where a server does not answer.
     """
     parts = look.at(tars)
-    if keep is not None:
+    if keep is None:
+        num_lost = sum(part.num_lost() for part in parts)
+    else:
+        named = zip(tars, parts, strict=True)
+        num_lost = sum(part.num_lost(lambda name, tar=tar: keep(f"{tar.name}/{name}")) for tar, part in named)
         wanted = [
             [i for i in range(len(p)) if keep(f"{t.name}/{p.names[i]}")] for t, p in zip(tars, parts, strict=True)
         ]
@@ -100,6 +119,7 @@ def index_shards(source: str, tars: list[Tar], look: "Look", keep: Callable[[str
         MemberList([f"{source}/{tar.name}" for tar in tars], ends, members),
         columns,
         [fault for part in parts for fault in part.bad],
+        num_lost,
     )
 
 
@@ -163,17 +183,29 @@ class Look:
             no_clips(tar.path, stamp) if isinstance(stamp, str) else load_clips(self._store(tar), stamp)
             for tar, stamp in zip(tars, stamps, strict=True)
         ]
+        packed: dict[int, Names] = {}  # what index.json says of shards that are not as it describes them
 
         def found(i: int, clips: Clips) -> None:
-            done[i] = clips
-            save_clips(self._store(tars[i]), stamps[i], clips)
+            done[i] = self._with_lost(tars[i], clips, packed.get(i))
+            if not isinstance(stamps[i], str):
+                save_clips(self._store(tars[i]), stamps[i], done[i])
 
+        gone = [i for i, stamp in enumerate(stamps) if isinstance(stamp, str)]
         todo = [i for i, clips in enumerate(done) if clips is None]
-        self._ask_packed(tars, stamps, todo, found)
+        self._ask_packed(tars, stamps, [*gone, *todo], found, packed)
+        for i in gone:
+            found(i, done[i])
         todo = [i for i in todo if done[i] is None]
         if todo:
             self._go_through(tars, todo, found)
         return done
+
+    def _with_lost(self, tar: Tar, clips: Clips, packed: Names | None) -> Clips:
+        """What is lost of a shard that ends early: by index.json, else by what was in it when it was whole."""
+        if clips.end is None or packed is not None:
+            return with_lost(clips, packed, FILE)
+        before = load_clips(self._store(tar), None)
+        return with_lost(clips, None if before is None else before.all_names(), "an earlier look at it")
 
     def _store(self, tar: Tar) -> Path:
         path = tar.path if remote.is_remote(tar.path) else os.path.abspath(tar.path)
@@ -193,8 +225,16 @@ class Look:
                 write(store, lambda path: Path(path).write_text(json.dumps(known)))
         return [known[tar.path] if tar.path in known else _stamp(tar.path) for tar in tars]
 
-    def _ask_packed(self, tars: list[Tar], stamps: list, todo: list[int], found: Callable[[int, Clips], None]) -> None:
-        """Take the shards that an index.json beside them describes as they are."""
+    def _ask_packed(
+        self,
+        tars: list[Tar],
+        stamps: list,
+        todo: list[int],
+        found: Callable[[int, Clips], None],
+        others: dict[int, Names],
+    ) -> None:
+        """Take the shards that an index.json beside them describes as they are. Of others ``others`` gets the names of the
+        clips that it says they have."""
         folders: dict[str, dict[str, int]] = {}
         for i in todo:
             folder, _, base = tars[i].path.partition("?")[0].rpartition("/")
@@ -206,8 +246,10 @@ class Look:
                 i = wanted.get(packed.tar)
                 if i is None:
                     return
-                if packed.size != stamps[i][0] or not (remote.is_remote(folder) or packed.mtime_ns == stamps[i][1]):
-                    changed.append(packed.tar)
+                size, mtime_ns = (None, None) if isinstance(stamps[i], str) else stamps[i]
+                if packed.size != size or not (remote.is_remote(folder) or packed.mtime_ns == mtime_ns):
+                    others[i] = Names(name for name in packed.names if is_clip(name, self.suffixes))
+                    changed += [] if isinstance(stamps[i], str) else [packed.tar]
                 elif (clips := self._of_packed(tars[i], packed)) is not None:
                     found(i, clips)
 
@@ -287,9 +329,14 @@ class Look:
         """The clips among a shard's members, and what is wrong with the others. ``look``: what some say about themselves."""
         bad: list[tuple[Entry, str]] = []
         wanted: dict[str, Entry] = {}
+        end = None
         for entry in entries:
             if entry.last and entry.fault:
-                bad.append((entry, f"{entry.fault}; what comes before it is used" if wanted else entry.fault))
+                reason = f"{entry.fault}; what comes before it is used" if wanted else entry.fault
+                if entry.name and not is_clip(entry.name, self.suffixes):
+                    end = path, f"{shown(entry.name)}: {reason}"
+                else:
+                    end = _where(path, entry), reason
             elif is_clip(entry.name, self.suffixes):
                 reason = self._fault(entry) or ("a second member of the same name" if entry.name in wanted else "")
                 if reason:
@@ -304,12 +351,13 @@ class Look:
             else:
                 bad.append((entry, info))
         columns = {name: np.array([row[i] for row in good], kind) for i, (name, kind) in enumerate(COLUMNS.items())}
-        return Clips(Names(row[-1] for row in good), columns, [(_where(path, entry), reason) for entry, reason in bad])
+        names = Names(row[-1] for row in good)
+        return Clips(names, columns, [(_where(path, entry), reason) for entry, reason in bad], end=end)
 
 
 def _where(path: str, entry: Entry) -> str:
     """For messages; without control characters."""
-    name = "".join(char if char.isprintable() else "?" for char in entry.name[:200])
+    name = shown(entry.name)
     return str(Member(path, entry.offset, entry.size, name)) if name else path
 
 

@@ -210,7 +210,7 @@ class Stream:
         else:
             self._count("in another bucket", int((place == ELSEWHERE).sum()))
         lost = place == NOWHERE
-        self._count("unreadable", len(index.bad))
+        self._count("unreadable", index.num_bad)
         self._count("of another size" if kind == "latent" else "too small", int((lost & ~big).sum()))
         self._count("below the target frame rate", int((lost & big & slow).sum()))
         self._count("too short", int((lost & fitting & ~long).sum()))

@@ -61,6 +61,10 @@ class Progress(ProgressBar):
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update(moved)
 
+    def on_exception(self, trainer: Trainer, pl_module: VideoDecoder, exception: BaseException) -> None:
+        """End the bar's line: what is said of the error has a line of its own."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: Trainer, pl_module: VideoDecoder, stage: str) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -26,6 +26,7 @@ SOME, ALL, NONE = "some", "all", "none"
 FEWEST = 6  # clips below which nothing is called best: a lucky one decides
 SAME = 1e-3  # by how large a share scores of one method on one clip may differ and count as measured twice
 
+NAMED_STEPS = re.compile(r"(\d+) steps\b")
 OF_SETS = re.compile("fvd_")  # scores of all clips together
 ONLY_FRAMES = "only_frames"  # in a protocol's definition: the group of frames that was scored
 
@@ -220,6 +221,7 @@ def rows(
             scores={},
             clips={},
             made=_made(evaluation, method) if kind in (RUN, METHOD) else {},
+            sampler_steps=_sampler_steps(evaluation, method, kind),
             parameters=run.parameters if kind == RUN else None,
             compression=run.compression if kind in (RUN, METHOD, SPACE) else None,
         )
@@ -249,6 +251,14 @@ def _made(evaluation: Evaluation, method: str) -> dict[str, Any]:
     every = [protocol.made() for protocol in evaluation.protocols.values()]
     shared = {key: value for key, value in every[0].items() if all(made.get(key) == value for made in every)}
     return shared if method == DECODER else {key: shared[key] for key in ("dtype", "latent_space") if key in shared}
+
+
+def _sampler_steps(evaluation: Evaluation, method: str, kind: str) -> int | None:
+    """The run's own number, where its decoder has a sampler; another one where a method is called by it ("4 steps")."""
+    if kind == METHOD and (named := NAMED_STEPS.match(method)):
+        return int(named[1])
+    made = _made(evaluation, DECODER) if kind == RUN else {}
+    return made.get("sampler_steps", made.get("steps"))
 
 
 def _score(clips: Mapping[str, float]) -> Score:

@@ -18,6 +18,7 @@ from experiments.show import table as aligned
 KINDS = ("txt", "md", "tex", "csv")
 UNKNOWN = "not measured"
 NOT_FINITE = "not finite"
+STEPS = "sampler steps"
 WORST = 3  # clips of each run that are named
 
 
@@ -86,22 +87,31 @@ def head_of(column: Column) -> str:
 def _quality(comparison: Comparison, stream: str) -> Table:
     columns = comparison.columns_of(stream)
     rows = [row for row in comparison.rows if any(column.id in row.scores for column in columns)]
-    shares = any(stream in row.share for row in rows)
-    head = ["", *map(head_of, columns), *(["of teacher's PSNR"] if shares else []), "clips", "pixels made by"]
+    shares, sampled = any(stream in row.share for row in rows), any(row.sampler_steps for row in rows)
+    head = ["", *map(head_of, columns), *(["of teacher's PSNR"] if shares else []), "clips"]
+    head += [*([STEPS] if sampled else []), "pixels made by"]
     lines = [[Cell(text) for text in head]]
     for row in rows:
         scores = [row.scores.get(column.id) for column in columns]
         cells = [Cell(with_interval(s, c.digits), bool(s and s.best)) for s, c in zip(scores, columns, strict=True)]
         share = [Cell(f"{row.share[stream]:.1%}" if stream in row.share else "")] if shares else []
         most = max((score for score in scores if score), key=lambda score: score.clips)
-        lines.append([Cell(row.label), *cells, *share, Cell(clips_of_films(most.clips, most.films)), Cell(_made(row))])
+        steps = [Cell(_steps(row))] if sampled else []
+        clips = Cell(clips_of_films(most.clips, most.films))
+        lines.append([Cell(row.label), *cells, *share, clips, *steps, Cell(_made(row))])
     return Table(f"Quality: {stream}", lines, [protocol_line(comparison, stream)])
 
 
+def _steps(row: Row) -> str:
+    return "" if row.sampler_steps is None else str(row.sampler_steps)
+
+
 def _made(row: Row) -> str:
-    """dtype, latent space and choices of decoding, in short."""
+    """dtype, latent space and choices of decoding, in short; a sampler's steps have a column of their own."""
     parts = [str(row.made[key]) for key in ("dtype", "latent_space") if key in row.made]
-    rest = {key: value for key, value in row.made.items() if key not in ("dtype", "latent_space")}
+    rest = {
+        key: value for key, value in row.made.items() if key not in ("dtype", "latent_space", "steps", "sampler_steps")
+    }
     return "; ".join(parts + [f"{key}={value}" for key, value in rest.items()])
 
 
@@ -134,8 +144,8 @@ def _delta(delta: list[float | None] | None, digits: int) -> str:
 def _speed_and_size(comparison: Comparison) -> Table:
     rows = [row for row in comparison.rows if row.kind == RUN or row.speed]
     timed = any(row.speed for row in rows)
-    taught = any(row.teacher_ratio for row in rows)
-    head = ["", "decoder M", "compression"]
+    taught, sampled = any(row.teacher_ratio for row in rows), any(row.sampler_steps for row in rows)
+    head = ["", "decoder M", "compression", *([STEPS] if sampled else [])]
     head += ["frames/s", f"x {comparison.baseline}", "peak GiB", "beyond weights GiB"] if timed else []
     head += ["x teacher's speed"] if taught else []
     lines = [[Cell(text) for text in head]]
@@ -143,9 +153,10 @@ def _speed_and_size(comparison: Comparison) -> Table:
         unknown = UNKNOWN if row.kind == RUN else ""
         millions = unknown if row.parameters is None else f"{row.parameters / 1e6:.3f}"
         compression = "" if row.compression is None else f"{row.compression:.4g}"
+        steps = [_steps(row)] if sampled else []
         speed = _speed_cells(row.speed) if timed else []
         ratio = [_range(row.teacher_ratio)] if taught else []
-        lines.append([Cell(text) for text in (row.label, millions, compression, *speed, *ratio)])
+        lines.append([Cell(text) for text in (row.label, millions, compression, *steps, *speed, *ratio)])
     return Table("Speed and size", lines, [*speed_notes(comparison), COMPRESSION])
 
 
@@ -307,6 +318,7 @@ def _csv(comparison: Comparison) -> str:
         "against": lambda row, column, score: column.against,
         "parameters": lambda row, column, score: row.parameters,
         "compression": lambda row, column, score: row.compression,
+        "sampler_steps": lambda row, column, score: row.sampler_steps,
         **{key: lambda row, c, s, key=key: getattr(row.speed, key, None) for key in ("fps", "fps_low", "fps_high")},
         **{key: lambda row, c, s, key=key: getattr(row.speed, key, None) for key in ("peak_gib", "beyond_gib")},
         **{

@@ -138,6 +138,7 @@ class Row:
     parameters: int | None = None
     compression: float | None = None
     share: dict[str, float] = field(default_factory=dict)  # stream -> its PSNR over its run's teacher's
+    sampler_steps: int | None = None  # of a generative decoder; None: it has no sampler, or the method does not say
     teacher_ratio: list[float] | None = None  # frames/s over its run's teacher's, round by round: median, min, max
 
 

@@ -214,6 +214,9 @@ class Case:
         try:
             self.steps = measure_steps(self.experiment, self.config.steps)
         except torch.OutOfMemoryError as error:
+            if self.experiment.trainer.strategy == "fsdp":
+                says = "not measured: one device, which does not share its weights, has no room for a step"
+                return Finding("WARN", "training step", says, "give steps_per_s=")
             advice = "lower batch_size, or set decoder.checkpointing=true"
             return Finding("FAIL", "training step", f"out of memory: {str(error).splitlines()[0]}", advice)
         except (ConfigError, FileNotFoundError) as error:
@@ -293,13 +296,22 @@ class Case:
         """What a step holds against what a GPU has."""
         if self.space is None:
             return None
-        estimate = show.memory_estimate(self.experiment, self.decoder())
+        try:
+            estimate = show.memory_estimate(self.experiment, self.decoder())
+        except ConfigError as error:
+            return Finding("FAIL", "memory of a step", str(error))
         if estimate is None:
             return None
-        measured = max((step.peak_gib for step in self.steps), default=0.0) if self.gpus else 0.0
+        # Steps are measured on one device, which holds everything: with FSDP2 only the estimate is of the run.
+        measured = 0.0
+        if self.gpus and self.experiment.trainer.strategy != "fsdp":
+            measured = max((step.peak_gib for step in self.steps), default=0.0)
         peak = measured or estimate.peak
         how = "measured" if measured else "estimated without encoder and losses"
-        says = f"{peak:.1f} GiB a device at {estimate.largest} ({how}; {estimate.states:.1f} of it weights, gradients and Adam)"
+        says = (
+            f"{peak:.1f} GiB a device at {estimate.largest} ({how}; {estimate.states.gib:.1f} of it weights, gradients, Adam "
+            f"and average; {estimate.states.strategy})"
+        )
         if not self.gpus:
             status = "WARN" if self.on_gpu else "OK"
             return Finding(status, "memory of a step", says, "no GPU here to compare with" if self.on_gpu else "", peak)

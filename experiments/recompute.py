@@ -17,6 +17,7 @@ from decoders.base import VideoDecoder
 from experiments import cost, show
 from experiments.compose import ConfigError
 from experiments.config import Experiment, build_decoder
+from experiments.states import states
 
 # Of what a device has beside states, for the network's own activations: the rest is for what is not counted, the losses'
 # networks and the encoder at work, and for what the allocator cannot use.
@@ -62,14 +63,12 @@ def count(experiment: Experiment, space: Any) -> Counted:
         with torch.device("meta"):
             decoder = build_decoder(plain, space)
         shapes = cost.stream_shapes(plain, decoder)
-        trained = sum(p.numel() for _, p in decoder.trainable())
-        averaged = sum(p.numel() for p in decoder.inference_parameters().values()) if experiment.ema else 0
+        held = states(experiment, decoder).gib
         autocast = experiment.trainer.precision != "32-true"
         latents = {name: latent for name, (_, latent) in shapes.items()}
         saved = show.fake_steps(decoder.model, latents, autocast, decoder.step_inputs)[0] if latents else {}
-    states = (16 * trained + 4 * averaged) / show.GIB
     batches = {name: batch for name, (batch, _) in shapes.items()}
-    return Counted(states, {name: size / show.GIB for name, size in saved.items()}, batches)
+    return Counted(held, {name: size / show.GIB for name, size in saved.items()}, batches)
 
 
 def plan(counted: Counted, memory_gib: float) -> tuple[dict[cost.Shape, bool], str]:

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,13 @@ import yaml
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tensorboard.summary.writer import event_file_writer
 
 from experiments.compose import ConfigError
 from experiments.config import Experiment, as_dict, with_defaults
 from experiments.runs import CONFIG, LAST, VALIDATED, diff
+
+_WRITER_THREAD = event_file_writer._AsyncWriterThread
 
 
 @dataclass
@@ -64,6 +70,23 @@ class Board(TensorBoardLogger):
         before = self.last[1] if self.last[0] == step else {}
         self.last = step, {**before, **{name: float(value) for name, value in metrics.items()}}
         super().log_metrics(metrics, step)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Within, the thread in which TensorBoard writes prints no traceback when it cannot: TensorBoard keeps the error and raises
+    it in the training process too, with the next number or when the logger ends, and there it is told."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.thread, _WRITER_THREAD) and isinstance(failed.exc_value, OSError)):
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def logged(trainer: Trainer) -> dict[str, float]:

@@ -7,7 +7,7 @@ tensors, which have shapes and no memory.
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from experiments.config import (
     resolved_yaml,
     streams,
 )
+from experiments.states import GIB, States, sharded_units, states
 
-GIB = 2**30
 COLUMNS = ("stream", "size", "frames", "latent n y x", "tokens/clip", "batch", "tokens/step", "share", "clips", "files")
 
 
@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> int:
     with torch.device("meta"):
         decoder = build_decoder(experiment, space)
     check_decoder(experiment, decoder)
+    states(experiment, decoder)  # what cannot be sharded is told before the tables
     print(parameters(decoder))
     print(stream_table(experiment, decoder))
     print(memory(experiment, decoder))
@@ -190,17 +191,19 @@ class Memory:
     """GiB that a GPU holds in training: ``states`` whatever the size, ``saved`` for the backward pass by stream, and the ``peak``,
     states included, of a step on the ``largest`` stream."""
 
-    states: float
+    states: States
     saved: dict[str, float]
     largest: str
     peak: float
 
 
 def memory_estimate(experiment: Experiment, decoder: Any) -> Memory | None:
-    """What a step holds, counted over fake tensors; None where there is nothing to train on. Leaves ``decoder`` unusable."""
-    trained = sum(p.numel() for _, p in decoder.trainable())
-    averaged = sum(p.numel() for p in decoder.inference_parameters().values()) if experiment.ema else 0
-    states = (16 * trained + 4 * averaged) / GIB
+    """What a step holds under the experiment's strategy, counted over fake tensors; None where there is nothing to train on.
+    Leaves ``decoder`` unusable.
+
+    Raises ConfigError where its weights cannot be sharded and ``trainer.strategy=fsdp`` wants it.
+    """
+    held = states(experiment, decoder)
     shapes = {
         where.removeprefix("data."): (
             stream.batch_size,
@@ -213,31 +216,28 @@ def memory_estimate(experiment: Experiment, decoder: Any) -> Memory | None:
     if not shapes:
         return None
     autocast = experiment.trainer.precision != "32-true"
-    saved, largest, peak = fake_steps(decoder.model, shapes, autocast, decoder.step_inputs)
-    network = 4 * count_parameters(decoder.model) / GIB  # its gradients are part of the peak
+    leaving = sharded_units(experiment, decoder)
+    saved, largest, peak = fake_steps(decoder.model, shapes, autocast, decoder.step_inputs, leaving)
     saved = {where: size / GIB for where, size in saved.items()}
-    return Memory(states, saved, largest, states - network + peak / GIB)
+    return Memory(held, saved, largest, held.gib - held.gradients_gib + peak / GIB)
 
 
 def memory(experiment: Experiment, decoder: Any) -> str:
     """An estimate of what a GPU holds in training, at every training size, with the formula."""
-    trained = sum(p.numel() for _, p in decoder.trainable())
-    averaged = sum(p.numel() for p in decoder.inference_parameters().values()) if experiment.ema else 0
-    formula = f"(4 weight + 4 gradient + 8 Adam) B x {trained / 1e6:.1f} M"
-    formula += f" + 4 B EMA x {averaged / 1e6:.1f} M" if averaged else ""
     estimate = memory_estimate(experiment, decoder)
     if estimate is None:
         return "memory per GPU: data.train has no streams, so there is nothing to train on"
-    states, precision = estimate.states, experiment.trainer.precision
+    held, precision = estimate.states.gib, experiment.trainer.precision
     rows: list[list[Any]] = [["stream", "states GiB", "activations GiB", "together GiB"]]
-    rows += [[where, states, size, states + size] for where, size in estimate.saved.items()]
+    rows += [[where, held, size, held + size] for where, size in estimate.saved.items()]
     return (
-        f"memory per GPU, estimated\n{table(rows, '  ')}\n"
+        f"memory per GPU, estimated for {estimate.states.strategy}\n{table(rows, '  ')}\n"
         f"  at {estimate.largest}, with what the backward pass recomputes and lays aside: {estimate.peak:.2f} GiB\n"
-        f"  states = {formula}\n"
+        f"  states = {estimate.states.formula}\n"
         f"  activations = what the network keeps for its backward pass at this batch size in {precision}, counted tensor\n"
         "  by tensor. Not counted: the encoder, the losses' networks, a discriminator's activations, DDP's buckets,\n"
-        "  the allocator's slack. TensorBoard shows the measured peak." + _recomputed(experiment, decoder)
+        "  FSDP's copies of what it sends, the allocator's slack. TensorBoard shows the measured peak."
+        + _recomputed(experiment, decoder)
     )
 
 
@@ -261,18 +261,22 @@ def fake_steps(
     shapes: dict[str, tuple[int, ...]],
     autocast: bool,
     inputs: Callable[[torch.Tensor], dict[str, torch.Tensor]] = lambda latent: {},
+    leaving: Sequence[nn.Module] = (),
 ) -> tuple[dict[str, int], str, int]:
     """Run ``network`` over a latent of each shape (b c n y x), and what else ``inputs`` says it takes, without memory, and
     count what it would have held.
 
     Returns the bytes that each forward pass keeps for its backward pass; the name of the largest; and the largest
-    number of bytes alive during a forward and backward pass of that one, gradients among them, parameters not.
+    number of bytes alive during a forward and backward pass of that one, gradients among them, but for those of the parts
+    ``leaving``, which go as soon as they are complete (FSDP2), parameters not.
     ``network`` is on the meta device and is left unusable: its parameters become fake.
     """
     saved = {}
     # Fake CPU tensors rather than meta ones: attention then takes the same memory-saving kernel that a GPU would.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         network = network.to_empty(device="cpu").train()
+        for parameter in {p for part in leaving for p in part.parameters() if p.requires_grad}:
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)
         own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
         for where, shape in shapes.items():
             kept: dict[int, int] = {}
@@ -293,6 +297,10 @@ def fake_steps(
             latent = torch.zeros(shapes[largest])
             network(latent, **inputs(latent)).float().sum().backward()
     return saved, largest, live.peak
+
+
+def _forget_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 class LiveBytes(TorchDispatchMode):

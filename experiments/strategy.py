@@ -17,6 +17,28 @@ from torch.optim import Optimizer
 from decoders.base import VideoDecoder
 from decoders.sharding import gathered, slice_like
 from experiments.compose import ConfigError
+from experiments.schema import TrainerConfig
+
+
+def num_processes(t: TrainerConfig) -> int:
+    """Of a run, on all nodes; ``devices=auto`` counts the GPUs of this machine."""
+    return processes_of_node(t) * t.num_nodes
+
+
+def processes_of_node(t: TrainerConfig) -> int:
+    """Of a run, on each node."""
+    if t.devices != "auto":
+        return int(t.devices)
+    return max(1, torch.cuda.device_count() if t.accelerator != "cpu" else 1)
+
+
+def slices(t: TrainerConfig) -> int:
+    """How many processes share one copy of the weights with ``strategy=fsdp``."""
+    return _group_size(t.shard_group, num_processes(t), processes_of_node(t))
+
+
+def _group_size(group: int | str | None, processes: int, of_node: int) -> int:
+    return {None: processes, "node": of_node}.get(group, group)
 
 
 def check_sharding(decoder: VideoDecoder, processes: int, group: int | str | None) -> None:
@@ -79,7 +101,7 @@ class Sharded(ModelParallelStrategy):
         super().setup_environment()
         if self.shards is None:
             world, kind = self.world_size, self.root_device.type
-            size = {None: world, "node": self.num_processes}.get(self.group, self.group)
+            size = _group_size(self.group, world, self.num_processes)
             if size == world:
                 self.shards = init_device_mesh(kind, (world,), mesh_dim_names=("shards",))
             else:

@@ -50,10 +50,10 @@ from experiments.config import (
 from experiments.failfast import FailFast
 from experiments.faster import hasten
 from experiments.guard import Guard
-from experiments.resuming import Board, Resumed, check_resume, purge_step, validated
+from experiments.resuming import Board, Resumed, check_resume, purge_step, told_once, validated
 from experiments.runs import CONFIG, DONE, find_parent, is_neutral, run_dir, run_name
 from experiments.signals import Signals
-from experiments.strategy import Sharded, check_sharding
+from experiments.strategy import Sharded, check_sharding, num_processes
 from experiments.throughput import Throughput
 
 say = rank_zero_only(print)
@@ -116,7 +116,7 @@ def build_trainer(
     ``purge_step`` and later ones."""
     t = experiment.trainer
     strategy = t.strategy
-    if strategy == "ddp" or (strategy == "auto" and _num_processes(t) > 1):
+    if strategy == "ddp" or (strategy == "auto" and num_processes(t) > 1):
         strategy = DDPStrategy(find_unused_parameters=find_unused, gradient_as_bucket_view=True)
     elif strategy == "fsdp":
         strategy = Sharded(t.shard_group)
@@ -154,12 +154,6 @@ def _scheduler() -> list[SLURMEnvironment]:
     return [SLURMEnvironment(auto_requeue=False)] if srun else []
 
 
-def _num_processes(t) -> int:
-    if t.devices != "auto":
-        return int(t.devices) * t.num_nodes
-    return max(1, torch.cuda.device_count() if t.accelerator != "cpu" else 1) * t.num_nodes
-
-
 def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> Path:
     """Train or resume, and return the run's folder. A complete run says so and is left alone.
 
@@ -168,7 +162,7 @@ def train(experiment: Experiment, name: str, overrides: Sequence[str] = (), call
     """
     watch = FailFast()
     try:
-        with Signals() as signals:
+        with Signals() as signals, told_once():
             return _train(experiment, name, overrides, callbacks, signals, watch)
     except Exception as error:
         watch.report(error)
@@ -206,7 +200,7 @@ def _train(
         step = load_weights(decoder, parent).get("step", "?")
         say(f"weights of {experiment.init_from}, step {step}: {parent}")
     if experiment.trainer.strategy == "fsdp":
-        check_sharding(decoder, _num_processes(experiment.trainer), experiment.trainer.shard_group)
+        check_sharding(decoder, num_processes(experiment.trainer), experiment.trainer.shard_group)
     data = build_data(experiment, folder)
     given_latents.give(experiment, decoder, data, name, overrides)
     writer = Background() if experiment.trainer.async_checkpoints else Writer()

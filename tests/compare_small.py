@@ -1,13 +1,17 @@
-"""Evaluations and runs made by hand, for tests of what a comparison does with them."""
+"""Evaluations, runs and comparisons made by hand, for tests of what a comparison does with them."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from decoders.base import DECODER
+from experiments import compare_notes, compare_scores
 from experiments.compare_scores import Evaluation
-from experiments.comparison import Run
+from experiments.comparison import Comparison, Run
 from metrics.protocol import Protocol, clip_list_hash
+
+FLOORS = ("mean colour of the clip", "the dct space's own decoder")
+A = {"a": 20.0, "b": 25.0, "c": 30.0, "d": 21.0, "e": 29.0, "f": 25.0}
 
 
 def protocol(metric: str = "psnr", clips: Sequence[str] = "abc", **changes) -> Protocol:
@@ -56,3 +60,26 @@ def run(name: str) -> Run:
         compression=64.0, latent_space="dct", fingerprint=f"dct-{name}", start="from scratch", parents=[], finished=True,
         weights={"kind": "last", "step": 1}, evaluated="2026-01-01", evaluated_on="cpu",
     )  # fmt: skip
+
+
+def shifted(by: float, **changes: float) -> dict[str, float]:
+    return {key: value + by for key, value in A.items()} | changes
+
+
+def compared(*evaluations, methods: str = "some", references=FLOORS) -> Comparison:
+    streams, columns = compare_scores.columns(evaluations)
+    runs = [run(each.name) for each in evaluations]
+    rows = [
+        row
+        for each, about in zip(evaluations, runs, strict=True)
+        for row in compare_scores.rows(each, about, columns, references, methods)
+    ]
+    comparison = Comparison(
+        title="t", command="c", date="2026-01-01", baseline=runs[0].name, sets=None, versions={"torch": "2"}, machine={},
+        runs=runs, streams=streams, columns=columns, rows=compare_scores.merged(rows, len(runs) > 1),
+    )  # fmt: skip
+    compare_scores.differences(comparison)
+    compare_scores.mark_best(comparison)
+    compare_scores.shares(comparison)
+    comparison.notes = compare_notes.notes(comparison)
+    return comparison

@@ -1,44 +1,21 @@
 """What a comparison does with scores: columns of one protocol, paired differences, what is best, what is shown once."""
 
+import csv
+import io
 import math
 
 import matplotlib
 import pytest
-from compare_small import evaluation, run
+from compare_small import FLOORS, A, compared, evaluation, shifted
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from decoders.scoring import TRUTH
-from experiments import compare_notes, compare_plots, compare_scores, compare_speed, compare_table
+from experiments import compare_plots, compare_scores, compare_speed, compare_table
 from experiments.comparison import FLOOR, METHOD, RUN, SPACE, Comparison, Speed
 from experiments.compose import ConfigError
 from metrics.intervals import interval_of_mean
 
-FLOORS = ("mean colour of the clip", "the dct space's own decoder")
-A = {"a": 20.0, "b": 25.0, "c": 30.0, "d": 21.0, "e": 29.0, "f": 25.0}
 FLOOR_SCORES = dict(zip("abcdef", (10.0, 11.0, 12.0, 10.5, 11.5, 11.0), strict=True))
-
-
-def shifted(by: float, **changes: float) -> dict[str, float]:
-    return {key: value + by for key, value in A.items()} | changes
-
-
-def compared(*evaluations, methods: str = "some", references=FLOORS) -> Comparison:
-    streams, columns = compare_scores.columns(evaluations)
-    runs = [run(each.name) for each in evaluations]
-    rows = [
-        row
-        for each, about in zip(evaluations, runs, strict=True)
-        for row in compare_scores.rows(each, about, columns, references, methods)
-    ]
-    comparison = Comparison(
-        title="t", command="c", date="2026-01-01", baseline=runs[0].name, sets=None, versions={"torch": "2"}, machine={},
-        runs=runs, streams=streams, columns=columns, rows=compare_scores.merged(rows, len(runs) > 1),
-    )  # fmt: skip
-    compare_scores.differences(comparison)
-    compare_scores.mark_best(comparison)
-    compare_scores.shares(comparison)
-    comparison.notes = compare_notes.notes(comparison)
-    return comparison
 
 
 def test_means_intervals_and_paired_differences():
@@ -98,8 +75,33 @@ def test_how_pixels_were_made_may_differ_and_is_shown():
         evaluation("x", {"decoder": {"psnr": A}}), evaluation("y", {"decoder": {"psnr": shifted(1)}}, **made)
     )
     assert comparison.row("y").made == {"dtype": "bf16-mixed", "latent_space": "wan-2", "steps": 4}
-    assert "bf16-mixed; wan-2; steps=4" in compare_table.render(comparison, "txt")
+    assert "bf16-mixed; wan-2\n" in compare_table.render(comparison, "txt"), "steps have a column of their own"
     assert "different latents" in " ".join(comparison.notes)
+
+
+@pytest.mark.parametrize("made", [{"sampler_steps": 3}, {"definition": {"peak": 1.0, "decoding": {"steps": 3}}}])
+def test_a_samplers_steps_have_a_column_where_there_is_one(made):
+    """Of a run by what it was evaluated with; of its methods by their names; nothing of what has no sampler."""
+    others = {
+        name: {"psnr": shifted(n)} for n, name in enumerate(("8 steps, latent extension", "other noise 1", "teacher"))
+    }
+    sampled = evaluation("y", {"decoder": {"psnr": shifted(4)}, **others, FLOORS[0]: {"psnr": shifted(9)}}, **made)
+    comparison = compared(evaluation("x", {"decoder": {"psnr": A}}), sampled, methods="all")
+    assert {row.label: row.sampler_steps for row in comparison.rows} == {
+        "x": None, "y": 3, "y: 8 steps, latent extension": 8, "y: other noise 1": None, "y: teacher": None,
+        FLOORS[0]: None,
+    }  # fmt: skip
+    assert Comparison.from_dict(comparison.to_dict()).row("y").sampler_steps == 3
+    tables = {table.title.partition(":")[0]: table for table in compare_table.tables(comparison)}
+    for title in ("Quality", "Speed and size"):
+        head, *lines = [[cell.text for cell in line] for line in tables[title].lines]
+        place = head.index("sampler steps")
+        told = {line[0]: line[place] for line in lines}
+        assert (told["x"], told["y"]) == ("", "3"), title
+    for line in csv.DictReader(io.StringIO(compare_table.render(comparison, "csv"))):
+        assert line["sampler_steps"] == {"y": "3", "y: 8 steps, latent extension": "8"}.get(line["row"], "")
+    plain = compared(evaluation("x", {"decoder": {"psnr": A}}), evaluation("z", {"decoder": {"psnr": shifted(1)}}))
+    assert "sampler steps" not in compare_table.render(plain, "txt"), "no sampler, no column"
 
 
 def test_a_floor_that_runs_share_stands_once_and_others_stay_apart():

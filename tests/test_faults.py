@@ -9,20 +9,23 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from lightning import Callback
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.distributed import TCPStore
 
 from experiments import background, checkpoints
 from experiments import train as training
+from experiments.callbacks import Progress
 from experiments.checkpoints import LAST, DiskFull, FolderGone
 from experiments.compose import ConfigError
 from experiments.config import load
 from experiments.failfast import FailFast
-from experiments.resuming import check_resume
+from experiments.resuming import check_resume, told_once
 from experiments.runs import CONFIG
 from experiments.train import train
 from tests.test_train import QUICK, At, _assert_same
@@ -136,17 +139,50 @@ def test_no_process_leaves_before_the_first_has_asked_for_the_requeue() -> None:
     assert not leaving.is_alive()
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)  # of the thread that TensorBoard writes in
-def test_a_folder_that_vanishes_ends_in_one_clear_error(runs_root: Path) -> None:
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("often", [2, 100], ids=["found by saving", "found by TensorBoard"])
+def test_a_folder_that_vanishes_ends_in_one_clear_error(runs_root: Path, often: int) -> None:
+    """And TensorBoard's thread, which fails too, prints nothing of its own."""
+
     def vanish(trainer, pl_module) -> None:
         (runs_root / NAME).rename(runs_root / "elsewhere")
 
     with pytest.raises(FolderGone, match="is gone, or a mount that it is on, .*Bring it back"):
-        run("trainer.checkpoint_every_steps=2", callbacks=[At(3, vanish)])
+        run(f"trainer.checkpoint_every_steps={often}", "trainer.log_every_steps=1", callbacks=[At(3, vanish)])
     assert not (runs_root / NAME / LAST).exists()  # nothing was begun anew in its place
-    assert torch.load(runs_root / "elsewhere" / LAST, weights_only=True)["global_step"] == 2
+    if often == 2:
+        assert torch.load(runs_root / "elsewhere" / LAST, weights_only=True)["global_step"] == 2
+
+
+def test_what_is_said_of_an_error_has_a_line_of_its_own(capsys) -> None:
+    bar, trainer = Progress(None), SimpleNamespace(max_steps=6, global_step=3)
+    bar.on_train_start(trainer, None)
+    assert not capsys.readouterr().err.endswith("\n"), "the bar's line is open while it trains"
+    bar.on_exception(trainer, None, OSError())
+    assert capsys.readouterr().err.endswith("\n")
+    bar.teardown(trainer, None, "fit")
+    assert capsys.readouterr().err == ""
+
+
+def test_other_threads_and_other_errors_are_told_as_before(monkeypatch) -> None:
+    told = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    before = threading.excepthook
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    with told_once():
+        thread = threading.Thread(target=fail, args=(OSError("a disk"),))
+        thread.start()
+        thread.join()
+        for number, error in enumerate((ValueError("ours"), OSError("a disk"))):
+            writer = _AsyncWriterThread(None, None, 0)
+            writer.run = lambda error=error: fail(error)
+            writer.start()
+            writer.join()
+            assert len(told) == 2, number
+    assert [str(each.exc_value) for each in told] == ["a disk", "ours"] and threading.excepthook is before
 
 
 def test_a_loader_that_fails_costs_no_step(runs_root: Path) -> None:

@@ -1,6 +1,7 @@
 """What FlashDecoder promises beyond the contract: one function in every mode, streams of bounded state, exact sizes."""
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,7 @@ def test_misuse_is_told_plainly(call, message: str) -> None:
         (dict(rope_split=(16, 16, 16)), "sum to 64"),
         (dict(rope_split=(15, 24, 25)), "even"),
         (dict(detach_cache=True, mode="parallel"), "needs decoder.mode=streaming"),
+        *((dict(rope_theta=theta), f"rope_theta={theta} must be") for theta in (0.0, -1e4, math.inf, math.nan)),
     ],
 )
 def test_impossible_architectures_are_refused(changes: dict, message: str) -> None:

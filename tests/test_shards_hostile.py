@@ -3,10 +3,12 @@
 import gzip
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from shard_files import add, everything, index, make_films, make_shards
+from shard_files import add, everything, index, make_films, make_shard, make_shards
 from video_files import cut
 
 from datamodules import shards
@@ -15,6 +17,7 @@ from datamodules.config import ClipDataConfig, SourceConfig, StreamConfig
 from datamodules.probe import BadFile, check_readable, file_stamp, inspect_video
 from datamodules.quarantine import TooManyBadFiles
 from datamodules.shards_tar import Bytes, opened, walk
+from experiments.pack_check import check
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +145,65 @@ def test_a_shard_that_ends_early(root, films, tmp_path):
         assert len(built.bad) == 1 and reason in built.bad[0][1] and member in built.bad[0][0]
         assert ("what comes before it is used" in built.bad[0][1]) == bool(num)
         assert "001.tar" in built.bad[0][0] and len(built) == 4 + num
+
+
+@pytest.fixture(params=["index.json", "an earlier look"])
+def long_shard(request, films, tmp_path) -> tuple[Path, int]:
+    """A shard of six clips of which it is known what is in it, and the size of one before its last text."""
+    (tmp_path / "k").mkdir()
+    path = make_shard(tmp_path / "k/0.tar", {f"{i:05d}": film for i, film in enumerate(films)})
+    if request.param == "index.json":
+        check(str(path.parent), "video", 2048, True, say=lambda _: None)
+    else:
+        assert len(index(path.parent, tmp_path / "cache")) == 6
+    return path, path.read_bytes().rindex(b"00005.txt")
+
+
+def test_every_clip_that_a_cut_shard_has_lost_is_counted(long_shard, tmp_path):
+    """Wherever it was cut, one after the other, and also when it is asked again: the share of bad clips is that of the shard."""
+    (path, text), sizes = long_shard, [0, 100, 600]
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        ends = [info.offset_data + -(-info.size // 512) * 512 for info in tar if info.name[-4:] in (".mp4", ".mkv")]
+    sizes += np.random.default_rng(0).integers(0, len(whole), 8).tolist() + ends + [text + 40]
+    for size in sizes:
+        path.write_bytes(whole[:size])
+        left = sum(end <= size for end in ends)
+        for _ in range(2):  # what was found is kept
+            built = index(path.parent, tmp_path / "cache")
+            assert (len(built), built.num_bad, built.num_found) == (left, 6 - left, 6), size
+            assert len(built.bad) == (left < 6), "one entry stands for all"
+        if built.bad:
+            assert f"names {6 - left} are lost, from 0000{left}.m" in built.bad[0][1]
+
+
+def test_the_share_of_bad_clips_is_that_of_clips_and_not_of_shards(long_shard, films, tmp_path):
+    path, _ = long_shard
+    path.write_bytes(path.read_bytes()[:600])
+    for i in range(4):
+        (path.parent / f"{i}.mp4").write_bytes(films[i].read_bytes())
+    config = ClipDataConfig(
+        {"k": SourceConfig(str(path.parent))}, {"s": StreamConfig(["k"], (16, 16), 5)}, cache_dir=str(tmp_path / "cache"),
+        max_bad_share=0.5,
+    )  # fmt: skip
+    with pytest.raises(TooManyBadFiles, match="data.sources.k: 6 of 10 files are unreadable"):
+        ClipData(config).streams("train")
+    config = replace(config, sources={"k": SourceConfig(str(path.parent), exclude=["0.tar/0000[1-5]*"])})
+    assert ClipData(config).streams("train")["s"].dropped["unreadable"] == 1, "what is left out is not missed"
+
+
+def test_what_nobody_knew_counts_as_one(films, tmp_path):
+    """Also when the shard, already cut, was looked at before; and clips that it has besides those in index.json are no loss."""
+    path = make_shard(tmp_path / "0.tar", {f"{i:05d}": film for i, film in enumerate(films)})
+    whole = path.read_bytes()
+    for size in (len(whole) // 2, len(whole) // 4):
+        path.write_bytes(whole[:size])
+        built = index(path, tmp_path)
+        assert built.num_bad == len(built.bad) == 1 and "are lost" not in built.bad[0][1]
+    path.write_bytes(whole)
+    assert index(path, tmp_path).num_found == 6
+    make_shard(path, {"00000": films[0], "00001": films[1]})
+    assert index(path, tmp_path).num_found == 2, "a whole shard is what it is, whatever it was"
 
 
 def test_a_shard_that_shrinks_or_goes_away_while_training(root, tmp_path):

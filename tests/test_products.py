@@ -345,6 +345,24 @@ def test_the_decoder_runs_in_them_and_is_nearer_to_float32_than_the_plain_one() 
 
 
 @needs_kernels
+def test_a_compiler_that_cannot_compile_them_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def fail() -> None:
+        tried.append(1)
+        raise RuntimeError("g++: unrecognized option -mavx512bf16")
+
+    tried: list[int] = []
+    monkeypatch.setattr(products, "_library", fail)
+    products._not_compiled.cache_clear()
+    try:
+        up, down, x = layer(6, 8), layer(4, 6), torch.randn(3, 6).bfloat16()
+        assert not (up.kernels or down.kernels) and len(tried) == len(caplog.records) == 1
+        assert "unrecognized option" in caplog.text and "torch's kernels" in caplog.text
+        assert products.mlp(up, down, x).shape == (3, 6)
+    finally:
+        products._not_compiled.cache_clear()
+
+
+@needs_kernels
 def test_memory_that_cannot_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     full = type("Full", (), {name: staticmethod(lambda *_: 1) for name in ("linear_bf16", "mlp_bf16")})
     monkeypatch.setattr(products, "_library", lambda: full)

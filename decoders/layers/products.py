@@ -10,6 +10,7 @@ by itself while it has hooks, and once it is no longer bf16 on a CPU.
 
 import ctypes
 import functools
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decoders.layers import native
+
+log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("products_bf16.cpp")
 EPS = 1e-6  # of the norms
@@ -42,20 +45,24 @@ def refused(weight: Tensor, bias: Tensor | None = None) -> str:
 
 
 def usable(weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether :func:`refused` has nothing against a layer. If so the kernels are compiled now, not with the first frame.
+    """Whether :func:`refused` has nothing against a layer. If so the kernels are compiled now, not with the first frame; a
+    compiler that cannot do it is told once, and torch multiplies."""
+    return not refused(weight, bias) and not _not_compiled()
 
-    Raises:
-        RuntimeError: they cannot be compiled, though there is a compiler; says why.
-    """
-    return not refused(weight, bias) and bool(_library())
+
+@functools.cache
+def _not_compiled() -> str:
+    """Why the kernels could not be compiled, though there is a compiler; "" if they were."""
+    try:
+        _library()
+    except RuntimeError as error:
+        log.warning("products run in torch's kernels, which are slower: %s", error)
+        return str(error)
+    return ""
 
 
 def prefer(module: nn.Module) -> None:
-    """Let the products of all linear layers in ``module`` run in the kernels, those that can.
-
-    Raises:
-        RuntimeError: see :func:`usable`.
-    """
+    """Let the products of all linear layers in ``module`` run in the kernels, those that are :func:`usable`."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             plain = type(layer).forward is nn.Linear.forward  # a subclass may do more than multiply

@@ -136,7 +136,7 @@ def product_rates(
     side = side or RATE_SIZE[device.type]
     factor = torch.randn(side, side, device=device).to(dtype)
     ways: dict[str, Callable[[], Any]] = {"torch": lambda: factor @ factor}
-    if not products.refused(factor):
+    if products.usable(factor):
         ways["ours"] = lambda: products.linear_bf16(factor, factor)
     return {name: 2 * side**3 / _best(device, run, repeats) for name, run in ways.items()}
 
